@@ -1,0 +1,2 @@
+// Package api runs the examples of docs/api.md against a real server.
+package api
