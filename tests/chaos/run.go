@@ -54,7 +54,7 @@ var bounds = history.Bounds{Recovery: 90 * time.Second, Drain: 3 * time.Minute, 
 // itself. Nothing is decided on such a read.
 const replicaLag = 2 * time.Second
 
-const clients = 4
+const clients = 8
 
 // run makes one run and judges it. The error says that the run itself could not
 // be made; broken promises are in the verdict.
