@@ -149,7 +149,7 @@ func (l *leader) put(ctx context.Context, value leadValue, expected uint64) (uin
 	if err != nil {
 		return 0, err
 	}
-	revision, err := l.b.write(ctx, keyScheduler, data, expected)
+	revision, err := l.b.write(ctx, keyScheduler, data, expected, replace)
 	if err == nil || !errors.Is(err, errConflict) && !errors.Is(err, ErrAmbiguous) {
 		return revision, err
 	}
@@ -233,5 +233,5 @@ func (l *leader) release() {
 	if err != nil {
 		return
 	}
-	_, _ = l.b.write(ctx, keyScheduler, data, l.revision)
+	_, _ = l.b.write(ctx, keyScheduler, data, l.revision, replace)
 }

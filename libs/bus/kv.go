@@ -16,8 +16,9 @@ import (
 var errConflict = errors.New("somebody else wrote this key")
 
 // bucket is a stream used as a key-value bucket: a subject per key, whose last
-// message is the value. It is written with rollups, so that a purged key and an
-// overwritten value stay away after a crash, and without markers.
+// message is the value. Earlier ones are removed by a rollup or a purge, of which
+// the server keeps tombstones, never by the limit of a subject, of which it keeps
+// none: so they stay away after a crash. No markers are left.
 type bucket struct {
 	c      *Conn
 	stream string
@@ -109,14 +110,24 @@ func acked(msg *nats.Msg, err error) (uint64, error) {
 	return ack.Seq, nil
 }
 
+// history says what becomes of a key's earlier values when it is written.
+type history bool
+
+const (
+	replace history = true  // they are removed with it, which costs a second write to the disk
+	keep    history = false // they stay until a later write or a purge removes them
+)
+
 // write stores a value if the key's last revision is the expected one (0: there is
 // none) and returns the new revision. Errors: errConflict, ErrFull, ErrTooLarge,
 // ErrUnavailable (nothing written), ErrAmbiguous.
-func (b bucket) write(ctx context.Context, key string, data []byte, expected uint64) (uint64, error) {
+func (b bucket) write(ctx context.Context, key string, data []byte, expected uint64, earlier history) (uint64, error) {
 	header := nats.Header{
 		headerStream:   {b.stream},
-		headerRollup:   {"sub"},
 		headerExpected: {strconv.FormatUint(expected, 10)},
+	}
+	if earlier == replace {
+		header[headerRollup] = []string{"sub"}
 	}
 	return acked(b.c.mux.request(ctx, b.prefix+key, header, data))
 }

@@ -20,7 +20,14 @@ const (
 	// createLimit is the part of the byte limit, in percent, up to which jobs are
 	// created. The rest is for updates: one that is refused could end nothing.
 	createLimit = 70
+	// keptVersions is how many versions of a job the registry has at most. A quick
+	// job has three in its life, and they leave with it. It is below keyMessages, so
+	// that the server itself never removes one.
+	keptVersions = 6
 )
+
+// earlier is what becomes of a job's earlier versions when this one is written.
+func earlier(r job.Record) history { return history(r.Version%keptVersions == 0) }
 
 // Entry is a record as the registry has it.
 type Entry struct {
@@ -67,7 +74,7 @@ func (r *Registry) Create(ctx context.Context, rec job.Record) (Entry, error) {
 func (r *Registry) create(ctx context.Context, key string, data []byte, rec job.Record) (Entry, error) {
 	var unknown error // an earlier try that was not answered
 	for try := 1; ; try++ {
-		revision, err := r.b.write(ctx, key, data, 0)
+		revision, err := r.b.write(ctx, key, data, 0, keep)
 		switch {
 		case err == nil:
 			r.c.count.writes.Add(1)
@@ -201,7 +208,7 @@ func (r *Registry) transition(ctx context.Context, e Entry, ev job.Event) (Entry
 			if err != nil {
 				return e, err
 			}
-			revision, err := r.b.write(ctx, key, data, e.Revision)
+			revision, err := r.b.write(ctx, key, data, e.Revision, earlier(next))
 			switch {
 			case err == nil:
 				r.c.count.writes.Add(1)

@@ -38,8 +38,8 @@ type tailed struct {
 	caughtUp bool
 }
 
-// tail delivers the messages of a stream that match filter, from the first one on,
-// in order, to handle, from one goroutine: those that are there, caughtUp once,
+// tail delivers the messages of a stream that match filter, from the first one on
+// (of the registry: the newest of each job), in order, to handle, from one goroutine: those that are there, caughtUp once,
 // and then those that come. It returns when ctx ends, with its error, or when
 // handle returns an error, with that.
 //
@@ -51,6 +51,9 @@ func (c *Conn) tail(ctx context.Context, stream, filter string, handle func(tail
 	ctx, cancel := c.within(ctx)
 	defer cancel()
 	t := &tail{c: c, stream: stream, filter: filter, handle: handle}
+	if stream == streamJobs {
+		t.first = jetstream.DeliverLastPerSubjectPolicy // the versions before are of no use
+	}
 	for try := 1; ; try++ {
 		again := c.nextReconnect()
 		progress := t.last
@@ -83,8 +86,9 @@ type tail struct {
 	stream, filter string
 	handle         func(tailed) error
 
-	last     uint64    // stream sequence of the last message handled
-	created  time.Time // of the stream that last belongs to
+	first    jetstream.DeliverPolicy // of what was there at the start
+	last     uint64                  // stream sequence of the last message handled
+	created  time.Time               // of the stream that last belongs to
 	caughtUp bool
 }
 
@@ -108,7 +112,7 @@ func (t *tail) run(ctx context.Context, reconnected <-chan struct{}) error {
 		t.last, t.created = 0, info.Created // another life of the stream
 	}
 	config := jetstream.ConsumerConfig{
-		AckPolicy: jetstream.AckNonePolicy, DeliverPolicy: jetstream.DeliverAllPolicy, FilterSubject: t.filter,
+		AckPolicy: jetstream.AckNonePolicy, DeliverPolicy: t.first, FilterSubject: t.filter,
 		MemoryStorage: true, Replicas: 1, InactiveThreshold: tailInactive,
 	}
 	if t.last > 0 {

@@ -34,8 +34,8 @@ const (
 
 	deadAge = 30 * 24 * time.Hour
 
-	// keyMessages is the per-subject limit of a bucket. Rollup keeps one message per
-	// subject; a limit of at least one is what makes the stream a bucket for NATS tools.
+	// keyMessages is the per-subject limit of a bucket, which makes the stream one for
+	// NATS tools. It is never reached: what it removed would come back after a crash.
 	keyMessages = 8
 
 	ackWait = 30 * time.Second

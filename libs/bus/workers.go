@@ -148,7 +148,7 @@ func (b bucket) swap(ctx context.Context, key string, change func(have []byte) (
 		if err != nil || data == nil {
 			return err
 		}
-		_, err = b.write(ctx, key, data, s.revision)
+		_, err = b.write(ctx, key, data, s.revision, replace)
 		if !errors.Is(err, errConflict) {
 			return err
 		}

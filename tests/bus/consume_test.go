@@ -234,8 +234,8 @@ func TestConsumerHandsOver(t *testing.T) {
 func TestJobsProjection(t *testing.T) {
 	c := start(t)
 	ctx := testContext(t)
-	e := create(t, c)
-	e, err := c.Registry().TransitionFrom(ctx, e, job.CancelRequest{})
+	created := create(t, c)
+	e, err := c.Registry().TransitionFrom(ctx, created, job.CancelRequest{})
 	require.NoError(t, err)
 	got := make(chan bus.Entry, 8)
 	inBackground(t, func(ctx context.Context) error {
@@ -250,7 +250,9 @@ func TestJobsProjection(t *testing.T) {
 			return nil
 		})
 	})
-	require.Equal(t, e, <-got, "the newest revision, under the revision that it has in the registry")
+	for _, want := range []bus.Entry{created, e} {
+		require.Equal(t, want, <-got, "every version, in order, under the revision that it has in the registry")
+	}
 	drained(t, c, bus.JobsProjection)
 	_, err = bus.DecodeRecord(bus.Msg{Subject: "elsewhere", Data: []byte(`{"id":"job-x"}`)})
 	require.ErrorIs(t, err, bus.ErrMalformed)

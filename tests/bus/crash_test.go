@@ -18,8 +18,9 @@ import (
 	"github.com/cmdexec/cmdexec/libs/core/job"
 )
 
-// The promise behind the rollup on every write: what was purged, by key or by
-// group, does not come back when the server is killed right afterwards.
+// What was purged, by key or by group, does not come back in any of its versions
+// when the server is killed right afterwards; nor does a version that a later one
+// has replaced.
 func TestPurgedKeysStayAwayAfterAKill(t *testing.T) {
 	p := newProcess(t)
 	c := connectTo(t, p.url())
@@ -28,10 +29,26 @@ func TestPurgedKeysStayAwayAfterAKill(t *testing.T) {
 	r := c.Registry()
 
 	const each = 200
-	make3 := func(at time.Time) bus.Entry { // a job in its third revision
+	made := 0
+	var mu sync.Mutex
+	makeJob := func(at time.Time) bus.Entry { // in its third version, each tenth in its 23rd
 		rec := newRecord(t)
 		rec.ID = id.New(id.Job, at)
 		e, err := r.Create(ctx, rec)
+		mu.Lock()
+		made++
+		returns := made % 10 / 9 * 10
+		mu.Unlock()
+		for i := range returns {
+			if err == nil {
+				e, err = r.TransitionFrom(ctx, e, job.Assign{WorkerID: "worker-a", LeaseID: fmt.Sprintf("lease-%d", i)})
+			}
+			if err == nil {
+				e, err = r.TransitionFrom(ctx, e, job.Return{
+					Fence: job.Fence{Attempt: e.Record.Attempt, LeaseID: e.Record.LeaseID}, Outcome: job.OutcomeReturned,
+				})
+			}
+		}
 		if err == nil {
 			e, err = r.TransitionFrom(ctx, e, job.Assign{WorkerID: "worker-a", LeaseID: "lease-a"})
 		}
@@ -43,20 +60,19 @@ func TestPurgedKeysStayAwayAfterAKill(t *testing.T) {
 	}
 	now := time.Now()
 	old := now.Add(-time.Hour)
-	var mu sync.Mutex
 	var byKey, byGroup, kept []bus.Entry
 	var wg sync.WaitGroup
 	for w := range 8 {
 		wg.Go(func() {
 			for range each / 8 {
-				a, b := make3(now), make3(old)
+				a, b := makeJob(now), makeJob(old)
 				mu.Lock()
 				byKey, byGroup = append(byKey, a), append(byGroup, b)
 				mu.Unlock()
 			}
 			if w == 0 {
 				for range 20 {
-					k := make3(now.Add(-2 * time.Hour))
+					k := makeJob(now.Add(-2 * time.Hour))
 					mu.Lock()
 					kept = append(kept, k)
 					mu.Unlock()

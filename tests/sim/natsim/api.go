@@ -160,8 +160,11 @@ func (st *stream) create(name string, data []byte) []byte {
 		st: st, name: name, config: req.Config, durable: cfg.Durable != "", filter: cfg.Filter, explicit: cfg.Ack == "explicit",
 		ackWait: cfg.Wait, most: cfg.Most, created: time.Now().UTC(), next: 1, pending: map[uint64]*unacked{},
 	}
-	if cfg.From == "by_start_sequence" {
+	switch cfg.From {
+	case "by_start_sequence":
 		c.next = cfg.Start
+	case "last_per_subject":
+		c.lastUpTo = st.seq
 	}
 	st.consumers[c.name] = c
 	return c.info("")

@@ -166,6 +166,7 @@ type consumer struct {
 	most       int // unacknowledged; 0: no limit
 	created    time.Time
 	next       uint64 // the first stream sequence that was not delivered
+	lastUpTo   uint64 // up to here only the last message of a subject is delivered
 	sent       uint64 // last consumer sequence
 	pending    map[uint64]*unacked
 	due        []uint64 // to be delivered again
@@ -199,7 +200,11 @@ func (c *consumer) unacked() []uint64 {
 	return seqs
 }
 
-func (c *consumer) matches(m Message) bool { return c.filter == "" || matches(c.filter, m.Subject) }
+// matches reports whether the consumer gets a message: of what was there before a
+// consumer of the last ones, only those.
+func (c *consumer) matches(m Message) bool {
+	return (c.filter == "" || matches(c.filter, m.Subject)) && (m.Seq > c.lastUpTo || c.st.last[m.Subject] == m.Seq)
+}
 
 func (c *consumer) numPending() (n int) {
 	i, _ := c.st.find(c.next)
