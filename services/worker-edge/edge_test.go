@@ -220,7 +220,7 @@ func TestAttempt(t *testing.T) {
 	c.Send(workerproto.TypeHello, workertest.Hello("worker-a"))
 	w.eventually("registered before anybody leads", func() bool {
 		stored, err := w.conn.Workers().Get(t.Context(), "worker-a")
-		return err == nil && stored.Online && stored.Transport == "websocket" && stored.Slots == 4
+		return err == nil && stored.Online && stored.Transport == "websocket" && stored.Slots == 4 && stored.Backlog == 8
 	})
 	require.Empty(t, c.Types(), "no welcome before the leader has answered")
 	w.lead()

@@ -58,6 +58,7 @@ func TestHTTPAttempt(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, stored.Online)
 	require.Equal(t, "http", stored.Transport)
+	require.Zero(t, stored.Backlog, "nothing waits for a worker that has to ask")
 	require.Equal(t, c.Session, stored.SessionID)
 
 	poll := polling(c)

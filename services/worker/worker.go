@@ -111,7 +111,9 @@ func (s *Service) open(ctx context.Context, url string, names []string) error {
 		byName[x.Name()] = x
 	}
 	s.runner, err = runner.New(runner.Config{
-		WorkerID: s.id, Slots: s.slots(), Executors: byName, Spool: s.spool, Clock: clk,
+		Offer:    runner.Offer{Slots: s.slots(), CPU: s.facts.CPUCores, Memory: s.facts.TotalMemory},
+		Backlog:  backlog,
+		WorkerID: s.id, Executors: byName, Spool: s.spool, Clock: clk,
 		Usage: machineUsage, Logger: s.log, Journal: s.journal, Boot: clock.Boot(),
 	})
 	if err != nil {
@@ -236,13 +238,17 @@ type Description struct {
 	Facts
 }
 
+// backlog is how many assignments may wait here for room. It bounds what goes back
+// when jobs turn out to be long.
+const backlog = 64
+
 func (s *Service) slots() int { return s.cfg.slots(s.facts.CPUCores) }
 
 func (s *Service) register() workerproto.Register {
 	reg := workerproto.Register{
 		WorkerID: s.id, Hostname: s.facts.Hostname, OS: s.facts.OS, Arch: s.facts.Arch,
 		CPUCores: s.facts.CPUCores, TotalMemory: s.facts.TotalMemory, Labels: s.cfg.Labels,
-		Slots: s.slots(), Version: api.Version, Executors: []string{},
+		Slots: s.slots(), Backlog: backlog, Version: api.Version, Executors: []string{},
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

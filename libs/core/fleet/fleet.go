@@ -24,6 +24,7 @@ type Worker struct {
 	Labels      map[string]string `json:"labels,omitempty"`
 	Executors   []string          `json:"executors"`
 	Slots       int               `json:"slots"`
+	Backlog     int               `json:"backlog,omitempty"` // assignments that it lets wait for a free slot, a moment at most
 	Version     string            `json:"version,omitempty"`
 	Protocol    int               `json:"protocol"`
 	Transport   string            `json:"transport"`       // websocket or http
@@ -48,6 +49,8 @@ func (w *Worker) Validate() error {
 	switch {
 	case w.Slots < 1 || w.Slots > MaxSlots:
 		return fmt.Errorf("slots must be from 1 to %d", MaxSlots)
+	case w.Backlog < 0 || w.Backlog > MaxSlots:
+		return fmt.Errorf("backlog must be from 0 to %d", MaxSlots)
 	case !(w.CPUCores > 0 && w.CPUCores <= MaxCPUCores):
 		return fmt.Errorf("cpuCores must be above 0 and at most %d", MaxCPUCores)
 	case w.TotalMemory < 1<<20 || w.TotalMemory > MaxTotalMemory:

@@ -144,6 +144,7 @@ type Register struct {
 	Labels      map[string]string `json:"labels,omitempty"`
 	Executors   []string          `json:"executors"`
 	Slots       int               `json:"slots"`
+	Backlog     int               `json:"backlog,omitempty"` // assignments that it lets wait for a free slot, a moment at most
 	Version     string            `json:"version,omitempty"`
 	Protocol    int               `json:"protocol"`
 	Running     []RunningLease    `json:"running"`

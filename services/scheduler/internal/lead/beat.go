@@ -278,7 +278,7 @@ func (t *Term) started(j *tracked, at, now time.Time) {
 }
 
 func (t *Term) rejected(j *tracked, why string) {
-	if j.lease.losing || j.lease.phase != phaseNone {
+	if j.lease.losing || j.lease.phase > phaseAccepted {
 		return
 	}
 	j.lease.losing = true

@@ -75,6 +75,7 @@ func (t *Term) decide(now time.Time) {
 			t.plan.Release(d.JobID, now)
 			continue
 		}
+		j.ahead = d.Ahead
 		t.begin(j, d.WorkerID, now)
 	}
 }

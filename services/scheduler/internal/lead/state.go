@@ -36,6 +36,7 @@ type tracked struct {
 	seen   uint32     // the last sweep that found it
 	timers int        // in the heap
 	gone   bool
+	ahead  bool // the dispatch of the current lease was
 
 	lease    *lease              // while a worker may hold one
 	dispatch *dispatch           // while an assignment of this term is not settled
@@ -330,6 +331,8 @@ func (t *Term) learn(j *tracked, r *job.Record, now time.Time) {
 		t.failed(w, j, a, now)
 	default:
 		w.succeeded()
+		w.tempo.ended(held(a), now)
+		t.hurry(w, now)
 	}
 }
 

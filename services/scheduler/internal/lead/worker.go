@@ -37,6 +37,8 @@ type workerState struct {
 	aside      time.Time
 	asideFor   string // why
 	asideSteps int
+
+	tempo tempo
 }
 
 const (
@@ -155,8 +157,14 @@ func (t *Term) backOff(w *workerState, until, now time.Time) {
 	t.plan.UpdateWorker(w.id, now, func(a *plan.Availability) { a.NotBefore = until })
 }
 
-// refuse notes that a worker rejected a job.
+// refuse notes that a worker rejected a job. One that was sent ahead and did not
+// get its turn says something about the jobs before it.
 func (t *Term) refuse(j *tracked, w *workerState, now time.Time) {
+	if j.ahead {
+		w.tempo.slow(now)
+		t.hurry(w, now)
+		return
+	}
 	if j.refused == nil {
 		j.refused = map[string]*backoff{}
 	}

@@ -37,6 +37,7 @@ type placement struct {
 type Decision struct {
 	JobID    string
 	WorkerID string
+	Ahead    bool // of its turn: it waits there for room
 }
 
 // New returns an empty planner. An owner gets no more than maxRunning
@@ -196,14 +197,14 @@ func (p *Planner) worker(id string) *worker {
 // UpdateWorker changes a worker's availability. change must not keep its argument.
 func (p *Planner) UpdateWorker(id string, now time.Time, change func(*Availability)) {
 	w := p.worker(id)
-	before, usable := w.avail, w.usable(now)
+	before, usable, times := w.avail, w.usable(now), w.times(now)
 	change(&w.avail)
 	for _, t := range []time.Time{w.avail.NotBefore, w.avail.SetAside} {
 		if now.Before(t) && !t.Equal(before.NotBefore) && !t.Equal(before.SetAside) {
 			p.wake(t, w, nil)
 		}
 	}
-	if w.usable(now) && (!usable || w.avail.Foreign < before.Foreign) {
+	if w.usable(now) && (!usable || w.avail.Foreign < before.Foreign || w.times(now) > times) {
 		p.gained(w, now)
 	}
 }
@@ -265,7 +266,7 @@ func (p *Planner) Release(jobID string, now time.Time) {
 
 // gained looks again at the parked shapes that a worker with more room could take.
 func (p *Planner) gained(w *worker, now time.Time) {
-	if !w.usable(now) || w.freeSlots() < 1 {
+	if !w.usable(now) || w.freeSlots(w.times(now)) < 1 {
 		return
 	}
 	for i := 0; i < len(p.parked); {
@@ -320,8 +321,9 @@ func (p *Planner) Next(now time.Time) (Decision, bool) {
 			ln.queue.served()
 			by := ln.queue.owner.name
 			p.Dequeue(w.id)
+			ahead := !to.holds(s, 1)
 			p.Reserve(w.id, by, to.id, s.Demand, now)
-			return Decision{JobID: w.id, WorkerID: to.id}, true
+			return Decision{JobID: w.id, WorkerID: to.id, Ahead: ahead}, true
 		}
 	}
 	return Decision{}, false
@@ -338,7 +340,8 @@ func (l *level) first() *line {
 // of the least demanding shape. It spares a full fleet the search for a job.
 func (p *Planner) anyRoom(now time.Time) bool {
 	for _, w := range p.fleet {
-		if free := w.free(); w.freeSlots() > 0 && free.CPU >= p.least.CPU && free.Memory >= p.least.Memory && w.usable(now) {
+		times := w.times(now)
+		if free := w.free(times); w.freeSlots(times) > 0 && free.CPU >= p.least.CPU && free.Memory >= p.least.Memory && w.usable(now) {
 			return true
 		}
 	}

@@ -210,14 +210,14 @@ func TestAJobAvoidsTheWorkerThatRefusedIt(t *testing.T) {
 	p.Enqueue(refused, map[string]time.Time{"a": t0.Add(time.Second), "b": t0.Add(-time.Second)}, t0)
 	d, ok := p.Next(t0)
 	require.True(t, ok)
-	require.Equal(t, Decision{"j", "b"}, d)
+	require.Equal(t, Decision{JobID: "j", WorkerID: "b"}, d)
 	p.Enqueue(refused, map[string]time.Time{"a": t0.Add(time.Second), "b": t0.Add(2 * time.Second)}, t0)
 	p.Release("j", t0)
 	require.Equal(t, []string{"other"}, all(p, t0), "others of the same shape are not held up")
 	require.Equal(t, map[fleet.Block]int{fleet.BlockSetAside: 2}, p.Blocked("j", t0))
 	d, ok = p.Next(t0.Add(time.Second))
 	require.True(t, ok)
-	require.Equal(t, Decision{"j", "a"}, d)
+	require.Equal(t, Decision{JobID: "j", WorkerID: "a"}, d)
 }
 
 func TestSpreadsAndBreaksTiesByID(t *testing.T) {
@@ -313,10 +313,17 @@ func (m *model) full(owner string) bool {
 	return m.most > 0 && n >= m.most
 }
 
-func (m *model) free(id string) (slots int, d Demand) {
-	w := m.workers[id]
-	slots = w.Slots - m.avail[id].Foreign
-	d = Demand{CPU: micro(w.CPUCores), Memory: w.TotalMemory}
+func (m *model) times(id string, now time.Time) int {
+	if a := m.avail[id]; now.Before(a.AheadUntil) && m.workers[id].Backlog > 0 {
+		return max(1, a.Ahead)
+	}
+	return 1
+}
+
+func (m *model) free(id string, now time.Time) (slots int, d Demand) {
+	w, times := m.workers[id], m.times(id, now)
+	slots = min(w.Slots*times, w.Slots+w.Backlog) - m.avail[id].Foreign
+	d = Demand{CPU: micro(w.CPUCores) * int64(times), Memory: w.TotalMemory * int64(times)}
 	for j, at := range m.placed {
 		if at == id {
 			s := m.specs[j]
@@ -337,7 +344,7 @@ func (m *model) fits(j, worker string, now time.Time) bool {
 	if _, ok := w.CanEverRun(&s); !ok || !a.Usable(now) {
 		return false
 	}
-	slots, free := m.free(worker)
+	slots, free := m.free(worker, now)
 	d := DemandOf(&s)
 	return slots > 0 && d.CPU <= free.CPU && d.Memory <= free.Memory
 }
@@ -466,6 +473,7 @@ func TestAgainstTheModel(t *testing.T) {
 			},
 			"register": func(rt *rapid.T) {
 				w := machine(pick(workerIDs), rapid.IntRange(1, 3).Draw(rt, "slots"))
+				w.Backlog = rapid.IntRange(0, 4).Draw(rt, "backlog")
 				w.CPUCores = rapid.SampledFrom([]float64{1, 2, 4}).Draw(rt, "cores")
 				w.TotalMemory = rapid.SampledFrom([]int64{256 << 20, 1 << 30}).Draw(rt, "ram")
 				w.Executors = rapid.SampledFrom([][]string{{"docker"}, {"process"}, {"docker", "process"}}).Draw(rt, "executors")
@@ -483,6 +491,7 @@ func TestAgainstTheModel(t *testing.T) {
 					Draining: rapid.IntRange(0, 5).Draw(rt, "draining") == 0, Foreign: rapid.IntRange(0, 1).Draw(rt, "foreign"),
 					NotBefore: now.Add(time.Duration(rapid.IntRange(-3, 3).Draw(rt, "notBefore")) * time.Second),
 					SetAside:  now.Add(time.Duration(rapid.IntRange(-3, 3).Draw(rt, "aside")) * time.Second),
+					Ahead:     rapid.IntRange(0, 3).Draw(rt, "ahead"), AheadUntil: now.Add(time.Duration(rapid.IntRange(-3, 3).Draw(rt, "aheadUntil")) * time.Second),
 				}
 				p.UpdateWorker(id, now, func(to *Availability) { *to = a })
 				m.avail[id] = a
@@ -495,10 +504,10 @@ func TestAgainstTheModel(t *testing.T) {
 				}
 				for id := range m.workers {
 					// A registration may shrink under its load; then free is negative in both.
-					slots, free := m.free(id)
+					slots, free := m.free(id, now)
 					w := p.workers[id]
-					if w.freeSlots() != slots || w.free() != free {
-						rt.Fatalf("%s has %d slots and %+v free, not %d and %+v", id, w.freeSlots(), w.free(), slots, free)
+					if times := w.times(now); w.freeSlots(times) != slots || w.free(times) != free {
+						rt.Fatalf("%s has %d slots and %+v free, not %d and %+v", id, w.freeSlots(times), w.free(times), slots, free)
 					}
 				}
 			},

@@ -16,6 +16,11 @@ type Availability struct {
 	Foreign    int       // slots that it says are taken by something that is not reserved here
 	NotBefore  time.Time // it could not be reached or refused lately: not tried before
 	SetAside   time.Time // it failed attempts lately: not used before
+
+	// Its attempts are short: until AheadUntil it may have Ahead times what it
+	// offers, which it lets wait. Not more waits than it has said it lets.
+	Ahead      int
+	AheadUntil time.Time
 }
 
 // Usable reports whether the worker may get work at all.
@@ -38,17 +43,30 @@ type worker struct {
 	load   Load
 }
 
-func (w *worker) freeSlots() int { return w.facts.Slots - w.avail.Foreign - w.load.Jobs }
+func (w *worker) freeSlots(times int) int {
+	slots := min(w.facts.Slots*times, w.facts.Slots+w.facts.Backlog)
+	return slots - w.avail.Foreign - w.load.Jobs
+}
 
-func (w *worker) free() Demand {
-	return Demand{CPU: w.offers.CPU - w.load.Demand.CPU, Memory: w.offers.Memory - w.load.Demand.Memory}
+// free is what is left of so many times what the worker offers.
+func (w *worker) free(times int) Demand {
+	return Demand{CPU: w.offers.CPU*int64(times) - w.load.Demand.CPU, Memory: w.offers.Memory*int64(times) - w.load.Demand.Memory}
+}
+
+// times is how many times what it offers the worker may have now.
+func (w *worker) times(now time.Time) int {
+	if w.avail.Ahead > 1 && w.facts.Backlog > 0 && now.Before(w.avail.AheadUntil) {
+		return w.avail.Ahead
+	}
+	return 1
 }
 
 func (w *worker) usable(now time.Time) bool { return w.known && w.avail.Usable(now) }
 
 // block says why a shape that the worker could run does not fit now, or "".
 func (w *worker) block(s *shape, now time.Time) fleet.Block {
-	free := w.free()
+	times := w.times(now)
+	free := w.free(times)
 	switch {
 	case !w.avail.Online || !now.Before(w.avail.FreshUntil):
 		return fleet.BlockOffline
@@ -56,7 +74,7 @@ func (w *worker) block(s *shape, now time.Time) fleet.Block {
 		return fleet.BlockDraining
 	case now.Before(w.avail.SetAside), now.Before(w.avail.NotBefore), now.Before(s.avoid[w.id]):
 		return fleet.BlockSetAside
-	case w.freeSlots() < 1:
+	case w.freeSlots(times) < 1:
 		return fleet.BlockSlots
 	case free.CPU < s.Demand.CPU:
 		return fleet.BlockCPU
@@ -66,12 +84,17 @@ func (w *worker) block(s *shape, now time.Time) fleet.Block {
 	return ""
 }
 
+// fits reports whether the worker may get a job of the shape.
 func (w *worker) fits(s *shape, now time.Time) bool {
-	return w.freeSlots() > 0 &&
-		w.load.Demand.CPU+s.Demand.CPU <= w.offers.CPU &&
-		w.load.Demand.Memory+s.Demand.Memory <= w.offers.Memory &&
-		w.usable(now) &&
+	return w.holds(s, w.times(now)) && w.usable(now) &&
 		(s.avoid == nil || !now.Before(s.avoid[w.id]))
+}
+
+// holds reports whether so many times what the worker offers has room for a job of
+// the shape.
+func (w *worker) holds(s *shape, times int) bool {
+	free := w.free(times)
+	return w.freeSlots(times) > 0 && free.CPU >= s.Demand.CPU && free.Memory >= s.Demand.Memory
 }
 
 // fullness is the share of the worker's fullest resource once d is added.
@@ -100,7 +123,7 @@ func choose(s *shape, now time.Time) *worker {
 }
 
 func prefer(a, b *worker) bool {
-	return cmp.Or(-cmp.Compare(a.free().CPU, b.free().CPU), cmp.Compare(a.id, b.id)) < 0
+	return cmp.Or(-cmp.Compare(a.free(1).CPU, b.free(1).CPU), cmp.Compare(a.id, b.id)) < 0
 }
 
 // matches reports whether the worker can ever run jobs of the class, size aside.

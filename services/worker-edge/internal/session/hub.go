@@ -165,6 +165,9 @@ func (h *Hub) Start(claims auth.WorkerClaims, hello *workerproto.Register, trans
 		return nil, err
 	}
 	w.Transport, w.EdgeID, w.Online = transport, h.o.EdgeID, true
+	if transport == "http" {
+		w.Backlog = 0 // it has room only while its poll is open
+	}
 	w.SessionID = id.New(id.Session, now)
 	w.ConnectedAt, w.LastSeenAt = now.UTC(), now.UTC()
 	s := newSession(h, w, hello, claims, p)
@@ -225,7 +228,7 @@ func (h *Hub) watch(ctx context.Context) {
 func registration(workerID string, hello *workerproto.Register) (fleet.Worker, error) {
 	w := fleet.Worker{
 		ID: workerID, Hostname: hello.Hostname, OS: hello.OS, Arch: hello.Arch, CPUCores: hello.CPUCores, TotalMemory: hello.TotalMemory,
-		Labels: hello.Labels, Executors: hello.Executors, Slots: hello.Slots, Version: hello.Version, Protocol: hello.Protocol,
+		Labels: hello.Labels, Executors: hello.Executors, Slots: hello.Slots, Backlog: hello.Backlog, Version: hello.Version, Protocol: hello.Protocol,
 	}
 	if w.Executors == nil {
 		w.Executors = []string{}

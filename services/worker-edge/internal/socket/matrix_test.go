@@ -784,6 +784,8 @@ func absurdHello(t *testing.T) {
 	for name, claim := range map[string]func(*workerproto.Register){
 		"slots 10^9":     func(r *workerproto.Register) { r.Slots = 1_000_000_000 },
 		"slots below 0":  func(r *workerproto.Register) { r.Slots = math.MinInt },
+		"backlog 10^9":   func(r *workerproto.Register) { r.Backlog = 1_000_000_000 },
+		"backlog < 0":    func(r *workerproto.Register) { r.Backlog = -1 },
 		"no cores":       func(r *workerproto.Register) { r.CPUCores = 0 },
 		"10^9 cores":     func(r *workerproto.Register) { r.CPUCores = 1e9 },
 		"cores below 0":  func(r *workerproto.Register) { r.CPUCores = -1 },

@@ -237,7 +237,7 @@ func (c *Client) Cut() { _ = c.conn.CloseNow() }
 func Hello(workerID string, running ...workerproto.Lease) workerproto.Register {
 	r := workerproto.Register{
 		WorkerID: workerID, Hostname: "host", OS: "linux", Arch: "amd64", CPUCores: 4, TotalMemory: 8 << 30,
-		Executors: []string{"process"}, Slots: 4, Version: "test", Protocol: workerproto.Version, Running: []workerproto.RunningLease{},
+		Executors: []string{"process"}, Slots: 4, Backlog: 8, Version: "test", Protocol: workerproto.Version, Running: []workerproto.RunningLease{},
 	}
 	for _, l := range running {
 		r.Running = append(r.Running, workerproto.RunningLease{Lease: l})

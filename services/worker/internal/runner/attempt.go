@@ -26,6 +26,9 @@ type attempt struct {
 	renewed time.Duration // by the worker's clock
 	life    time.Duration // without a renewal, before the lease is given up
 
+	turn   chan struct{} // closed when it has room
+	inside bool          // it has
+
 	phase                                          workerproto.Phase
 	acceptedAt, preparingAt, preparedAt, startedAt time.Time
 	quiet                                          *time.Timer
@@ -69,7 +72,7 @@ const chunkOverhead = 160
 
 func newAttempt(r *Runner, asg workerproto.Assignment) *attempt {
 	return &attempt{
-		r: r, lease: asg.Lease, spec: asg.Job,
+		r: r, lease: asg.Lease, spec: asg.Job, turn: make(chan struct{}),
 		phase: workerproto.PhaseAccepted, acceptedAt: job.Timestamp(time.Now()),
 	}
 }
@@ -80,9 +83,13 @@ func keyOf(l workerproto.Lease) spool.Key {
 	return spool.Key(l.JobID + "/" + strconv.Itoa(l.Attempt) + "/" + l.LeaseID)
 }
 
-// run takes the attempt from its acceptance to its result. It blocks until
-// nothing of the command is left.
+// run takes the attempt from its acceptance to its result, or back where there is
+// no room for it. It blocks until nothing of the command is left.
 func (a *attempt) run(ctx context.Context, ex executor.Executor) {
+	if !a.awaitTurn(ctx) {
+		a.unprepare()
+		return
+	}
 	rec := output.New(logLimit(&a.spec), time.Now, a.keep)
 	res, prepared := a.execute(ctx, ex, rec)
 	a.conclude(rec, res, prepared)
@@ -332,7 +339,9 @@ func (a *attempt) describeStop(res *workerproto.Result, s *executor.StopReceipt,
 func (a *attempt) settle(res *workerproto.Result) {
 	a.r.mu.Lock()
 	defer a.r.mu.Unlock()
-	a.quiet.Stop()
+	if a.quiet != nil { // it had its room
+		a.quiet.Stop()
+	}
 	if a.stale {
 		return
 	}
@@ -347,8 +356,8 @@ func (a *attempt) settle(res *workerproto.Result) {
 func (a *attempt) finish() {
 	a.r.mu.Lock()
 	defer a.r.mu.Unlock()
+	a.r.vacate(a)
 	a.phase, a.running, a.spec = workerproto.PhaseEnded, nil, job.Spec{}
-	a.r.used--
 	a.leave()
 	if a.stale {
 		a.r.forget(a)

@@ -74,7 +74,7 @@ func benchmarkAttempt(b *testing.B, x executor.Executor) {
 	}
 	clk := clock.NewSystem()
 	r, err := New(Config{
-		WorkerID: me, Slots: 1, Executors: map[string]executor.Executor{job.ExecutorProcess: x}, Spool: sp, Clock: clk,
+		WorkerID: me, Offer: Offer{Slots: 1}, Executors: map[string]executor.Executor{job.ExecutorProcess: x}, Spool: sp, Clock: clk,
 		Usage: func() Usage { return Usage{} }, Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {

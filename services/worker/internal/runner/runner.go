@@ -54,7 +54,8 @@ type Usage struct{ CPU, RAM float64 }
 // Config is what a Runner needs.
 type Config struct {
 	WorkerID  string
-	Slots     int
+	Offer     Offer
+	Backlog   int // assignments that may wait for room
 	Executors map[string]executor.Executor
 	Spool     *spool.Spool
 	Clock     clock.Clock
@@ -78,9 +79,10 @@ type Runner struct {
 	mu        sync.Mutex
 	attempts  map[string]*attempt // by lease id, until the result is acknowledged
 	ended     [2]map[string]bool  // lease ids that are over, the younger ones first
-	used      int                 // slots
-	memory    int                 // bytes of output that attempts hold
-	confirmed time.Duration       // when the last confirmed heartbeat was sent
+	room      room
+	waiting   []*attempt    // without room, oldest first
+	memory    int           // bytes of output that attempts hold
+	confirmed time.Duration // when the last confirmed heartbeat was sent
 	everHeard bool
 	selfStop  time.Duration     // a lease that is not confirmed for so long is given up
 	draining  bool              // asked for by the edge
@@ -96,7 +98,7 @@ type Runner struct {
 // takes those up. All other attempts are forgotten: the edge learns from the next
 // hello that nobody holds their leases.
 func New(cfg Config) (*Runner, error) {
-	r := &Runner{cfg: cfg, wake: make(chan struct{}, 1), attempts: map[string]*attempt{}, ended: [2]map[string]bool{{}, {}}}
+	r := &Runner{cfg: cfg, wake: make(chan struct{}, 1), attempts: map[string]*attempt{}, ended: [2]map[string]bool{{}, {}}, room: room{offer: cfg.Offer}}
 	r.LeaseIs(defaultLease)
 	return r, r.recover()
 }
@@ -144,8 +146,11 @@ func (r *Runner) assign(asg workerproto.Assignment, renewed time.Duration) {
 	a := newAttempt(r, asg)
 	a.renewed, a.life, a.unprepare = renewed, r.lifeOf(asg), cancel
 	r.attempts[asg.LeaseID] = a
-	r.used++
-	a.quiet = time.AfterFunc(quietFor, func() { r.report(a) })
+	if len(r.waiting) == 0 && r.room.fits(asg.Job.Resources) {
+		r.admit(a)
+	} else {
+		r.waiting = append(r.waiting, a)
+	}
 	r.done.Go(func() { a.run(ctx, ex) })
 }
 
@@ -177,9 +182,11 @@ func (r *Runner) refusal(asg workerproto.Assignment, ex executor.Executor, renew
 		return "this worker does not run " + asg.Job.Executor() + " jobs"
 	case r.unready[ex.Name()] != "":
 		return r.unready[ex.Name()]
-	case r.used >= r.cfg.Slots:
-		return "busy"
-	case len(r.attempts)-r.used >= maxUndelivered || len(r.attempts) >= workerproto.MaxRunning:
+	case r.room.never(asg.Job.Resources):
+		return "asks for more than this worker offers"
+	case len(r.waiting) >= r.cfg.Backlog && !r.room.fits(asg.Job.Resources):
+		return busy
+	case len(r.attempts)-r.room.slots-len(r.waiting) >= maxUndelivered || len(r.attempts) >= workerproto.MaxRunning:
 		return "too many results wait for the server"
 	case r.cfg.Clock.Now()-renewed > r.lifeOf(asg):
 		return "the assignment came too late"
@@ -345,9 +352,9 @@ func (r *Runner) Heartbeat() workerproto.Heartbeat {
 	defer r.mu.Unlock()
 	h := workerproto.Heartbeat{
 		WorkerID: r.cfg.WorkerID, Status: workerproto.StatusIdle, CPUUsage: usage.CPU, RAMUsage: usage.RAM,
-		FreeSlots: max(0, r.cfg.Slots-r.used), Running: []workerproto.PhaseLease{}, Reason: r.idle(),
+		FreeSlots: max(0, r.cfg.Offer.Slots-r.room.slots), Running: []workerproto.PhaseLease{}, Reason: r.idle(),
 	}
-	if r.used > 0 {
+	if r.room.slots > 0 {
 		h.Status = workerproto.StatusBusy
 	}
 	if r.draining || r.stopping {
@@ -498,7 +505,7 @@ func (r *Runner) say(t workerproto.Type, body any) {
 	r.notify()
 }
 
-// report ends the quiet time of an attempt that still runs.
+// report ends the quiet time of an attempt that has its room and still runs.
 func (r *Runner) report(a *attempt) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -534,7 +541,7 @@ func (r *Runner) Idle() bool {
 func (r *Runner) Busy() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.used
+	return r.room.slots
 }
 
 // Unready says which executors take nothing now, and why: their assignments are

@@ -216,7 +216,7 @@ func (b *bench) open(slots int) {
 
 func (b *bench) config(slots int) Config {
 	return Config{
-		WorkerID: me, Slots: slots, Executors: map[string]executor.Executor{b.x.Name(): b.x}, Spool: b.spool,
+		WorkerID: me, Offer: Offer{Slots: slots}, Executors: map[string]executor.Executor{b.x.Name(): b.x}, Spool: b.spool,
 		Clock: b.clock, Usage: func() Usage { return Usage{} }, Logger: slog.New(slog.DiscardHandler),
 	}
 }

@@ -241,8 +241,6 @@ func (r *Runner) adopt(key spool.Key, s *survivor) error {
 	a.renewed, a.life, a.acceptedAt, a.preparedAt, a.startedAt = s.mark.Renewed, h.Life, h.AcceptedAt, h.PreparedAt, s.mark.StartedAt
 	a.phase, a.running, a.loud, a.unprepare = workerproto.PhaseStarted, x, true, func() {}
 	a.stopAsked, a.stopAskedAt = s.mark.Stop, s.mark.StopAt
-	a.quiet = time.AfterFunc(time.Hour, func() {})
-	a.quiet.Stop() // it is loud
 	a.entry, a.mark, a.savedSeq = s.entry, s.mark, s.mark.Output.Seq
 	for _, c := range s.chunks {
 		a.expect(c.Seq)
@@ -254,7 +252,7 @@ func (r *Runner) adopt(key spool.Key, s *survivor) error {
 	a.lastSeq, a.triedSeq = s.mark.Output.Seq, s.mark.Output.Seq // any of it may have been sent
 	a.resume = func() { a.goOn(x, rec) }
 	r.attempts[h.Lease.LeaseID] = a
-	r.used++
+	r.admit(a)
 	r.cfg.Logger.Info("going on with a command of an earlier run", "job", h.Lease.JobID, "attempt", h.Lease.Attempt, "lastSeq", a.lastSeq)
 	return nil
 }

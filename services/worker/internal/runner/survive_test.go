@@ -133,7 +133,7 @@ func TestWhatIsGoneOnWith(t *testing.T) {
 			defer sp.Close()
 			x := &adopter{text: text}
 			r, err := New(Config{
-				WorkerID: me, Slots: 1, Executors: map[string]executor.Executor{x.Name(): x}, Spool: sp, Clock: &fakeClock{now: time.Hour},
+				WorkerID: me, Offer: Offer{Slots: 1}, Executors: map[string]executor.Executor{x.Name(): x}, Spool: sp, Clock: &fakeClock{now: time.Hour},
 				Usage: func() Usage { return Usage{} }, Logger: slog.New(slog.DiscardHandler), Journal: j, Boot: "today",
 			})
 			if err != nil {

@@ -97,7 +97,7 @@ func newSide(t *testing.T, e *edgetest.Edge, clk clock.Clock, x executor.Executo
 		t.Fatal(err)
 	}
 	w.runner, err = runner.New(runner.Config{
-		WorkerID: me, Slots: 4, Executors: map[string]executor.Executor{x.Name(): x}, Spool: sp, Clock: clk,
+		WorkerID: me, Offer: runner.Offer{Slots: 4}, Executors: map[string]executor.Executor{x.Name(): x}, Spool: sp, Clock: clk,
 		Usage: func() runner.Usage { return runner.Usage{} }, Logger: logger,
 	})
 	if err != nil {
