@@ -164,11 +164,11 @@ func (o *oracle) purged(stream string, m natsim.Message) {
 		return
 	}
 	have, ok := o.db.get(r.ID)
-	ghost := o.story(r.ID).ghost != nil
-	if !ok || !have.State.Terminal() || !have.CreatedAt.Equal(r.CreatedAt) || !ghost && have.Version < r.Version {
+	ghost := o.story(r.ID).ghost
+	if !ok || !have.State.Terminal() || !have.CreatedAt.Equal(r.CreatedAt) || ghost == nil && have.Version < r.Version {
 		o.wrong("%s (%s v%d) was purged, and the database has %s v%d", r.ID, r.State, r.Version, have.State, have.Version)
 	}
-	if ghost {
+	if ghost != nil && r.Version >= ghost.Version { // with its newest version it has gone
 		o.story(r.ID).ghost, o.story(r.ID).swept = nil, time.Now()
 	}
 }
