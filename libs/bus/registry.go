@@ -20,14 +20,22 @@ const (
 	// createLimit is the part of the byte limit, in percent, up to which jobs are
 	// created. The rest is for updates: one that is refused could end nothing.
 	createLimit = 70
+	// keepLimit is the part, in percent, up to which updates leave earlier versions
+	// behind. Beyond it they make no job larger than its newest version.
+	keepLimit = 40
 	// keptVersions is how many versions of a job the registry has at most. A quick
 	// job has three in its life, and they leave with it. It is below keyMessages, so
 	// that the server itself never removes one.
 	keptVersions = 6
+	// keptBytes bounds a version that is left behind.
+	keptBytes = 8 << 10
 )
 
-// earlier is what becomes of a job's earlier versions when this one is written.
-func earlier(r job.Record) history { return history(r.Version%keptVersions == 0) }
+// earlier is what becomes of a job's earlier versions when a version of that many
+// bytes is written.
+func (r *Registry) earlier(version uint64, bytes int) history {
+	return history(version%keptVersions == 0 || bytes > keptBytes || r.c.usage.beyond(keepLimit))
+}
 
 // Entry is a record as the registry has it.
 type Entry struct {
@@ -57,7 +65,7 @@ func (r *Registry) Create(ctx context.Context, rec job.Record) (Entry, error) {
 		return Entry{}, fmt.Errorf("create job: %w", err)
 	}
 	r.c.startWatching()
-	if r.c.usage.full() {
+	if r.c.usage.beyond(createLimit) {
 		r.c.count.queueFull.Add(1)
 		return Entry{}, fmt.Errorf("create job: %w", ErrQueueFull)
 	}
@@ -208,10 +216,14 @@ func (r *Registry) transition(ctx context.Context, e Entry, ev job.Event) (Entry
 			if err != nil {
 				return e, err
 			}
-			revision, err := r.b.write(ctx, key, data, e.Revision, earlier(next))
+			earlier := r.earlier(next.Version, len(data))
+			revision, err := r.b.write(ctx, key, data, e.Revision, earlier)
 			switch {
 			case err == nil:
 				r.c.count.writes.Add(1)
+				if earlier == keep {
+					r.c.usage.added.Add(int64(len(data) + len(key)))
+				}
 				return Entry{Record: next, Revision: revision}, nil
 			case errors.Is(err, errConflict):
 				conflict = true
@@ -351,13 +363,14 @@ func DecodeRecord(m Msg) (Entry, error) {
 // usage is how full the registry is, and which one it is.
 type usage struct {
 	used, limit atomic.Int64
-	added       atomic.Int64 // by creates here, since used was read
+	added       atomic.Int64 // by writes here, since used was read
 	generation  atomic.Pointer[string]
 }
 
-func (u *usage) full() bool {
+// beyond reports whether more than that many percent of the limit are used.
+func (u *usage) beyond(percent int64) bool {
 	limit := u.limit.Load()
-	return limit > 0 && u.used.Load()+u.added.Load() > limit/100*createLimit
+	return limit > 0 && u.used.Load()+u.added.Load() > limit/100*percent
 }
 
 // refreshUsage reads the registry's stream. It keeps what it has when the bus is away.

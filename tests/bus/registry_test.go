@@ -141,41 +141,48 @@ func TestRefusalsAreDecidedOnFreshState(t *testing.T) {
 	require.NotZero(t, c.Stats().Refused)
 }
 
-// After the registry is full for creates, jobs still end.
+// After the registry is full for creates, all jobs still end, before any of them
+// leaves: an update does not make what is there larger.
 func TestBucketAtItsLimit(t *testing.T) {
-	c := startSized(t, bus.Sizes{Jobs: 4 << 20, Results: 16 << 20, Logs: 16 << 20})
-	ctx := testContext(t)
-	r := c.Registry()
-	var live []bus.Entry
-	for {
-		rec := newRecord(t)
-		rec.Spec.Stdin = string(make([]byte, 32<<10))
-		e, err := r.Create(ctx, rec)
-		if err != nil {
-			require.ErrorIs(t, err, bus.ErrQueueFull)
-			break
-		}
-		live = append(live, e)
-		require.Less(t, len(live), 1000, "the limit was never met")
+	for name, size := range map[string]int{"large jobs": 32 << 10, "small jobs": 6 << 10} {
+		t.Run(name, func(t *testing.T) {
+			c := startSized(t, bus.Sizes{Jobs: 4 << 20, Results: 16 << 20, Logs: 16 << 20})
+			ctx := testContext(t)
+			r := c.Registry()
+			var live []bus.Entry
+			for {
+				rec := newRecord(t)
+				rec.Spec.Stdin = strings.Repeat("x", size)
+				e, err := r.Create(ctx, rec)
+				if err != nil {
+					require.ErrorIs(t, err, bus.ErrQueueFull)
+					break
+				}
+				live = append(live, e)
+				require.Less(t, len(live), 1000, "the limit was never met")
+			}
+			used, limit := r.Usage()
+			require.Equal(t, int64(4<<20), limit)
+			require.Greater(t, used, limit/2)
+			require.NotEmpty(t, live)
+			for i, e := range live {
+				e, err := r.TransitionFrom(ctx, e, job.Assign{WorkerID: "worker-a", LeaseID: "lease-a"})
+				require.NoError(t, err)
+				e, err = r.TransitionFrom(ctx, e, job.CancelRequest{})
+				require.NoError(t, err)
+				live[i], err = r.TransitionFrom(ctx, e, job.Lost{Fence: e.Record.Fence()})
+				require.NoError(t, err)
+				require.Equal(t, job.Canceled, live[i].Record.State)
+			}
+			for _, e := range live {
+				require.NoError(t, r.Purge(ctx, e.Record.ID, e.Revision))
+			}
+			eventually(t, func() bool {
+				_, err := r.Create(ctx, newRecord(t))
+				return err == nil
+			}, "the registry takes jobs again")
+		})
 	}
-	used, limit := r.Usage()
-	require.Equal(t, int64(4<<20), limit)
-	require.Greater(t, used, limit/2)
-	require.NotEmpty(t, live)
-	for _, e := range live {
-		e, err := r.TransitionFrom(ctx, e, job.Assign{WorkerID: "worker-a", LeaseID: "lease-a"})
-		require.NoError(t, err)
-		e, err = r.TransitionFrom(ctx, e, job.CancelRequest{})
-		require.NoError(t, err)
-		e, err = r.TransitionFrom(ctx, e, job.Lost{Fence: e.Record.Fence()})
-		require.NoError(t, err)
-		require.Equal(t, job.Canceled, e.Record.State)
-		require.NoError(t, r.Purge(ctx, e.Record.ID, e.Revision))
-	}
-	eventually(t, func() bool {
-		_, err := r.Create(ctx, newRecord(t))
-		return err == nil
-	}, "the registry takes jobs again")
 }
 
 func TestPurgeIsBoundedByRevision(t *testing.T) {
