@@ -121,6 +121,10 @@ func (e Endpoint[Req, Resp]) Name() string { return e.name }
 
 func (e Endpoint[Req, Resp]) subject() string { return "cmdexec.query." + e.name }
 
+// SettleResult has any collector make a result a state and store the output that
+// rides in it. Its answer is the acknowledgement: both are on disk then.
+var SettleResult = Endpoint[busmsg.Result, busmsg.Settled]{"settle"}
+
 // The queries. The first four are answered by any persister, the others by the
 // leading scheduler only.
 var (

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/cmdexec/cmdexec/libs/bus"
+	"github.com/cmdexec/cmdexec/libs/core/busmsg"
 	"github.com/cmdexec/cmdexec/libs/core/id"
 	"github.com/cmdexec/cmdexec/libs/core/workerproto"
 	"github.com/cmdexec/cmdexec/libs/kit/failpoint"
@@ -32,22 +33,31 @@ func (s *Service) archiveResults(ctx context.Context) error {
 // whose output has to be compared with it later. It is safe to repeat. A result that cannot be read is left to `state`,
 // which keeps it as a dead letter.
 func (s *Service) storeTails(ctx context.Context, msgs []bus.Msg) error {
-	var chunks []store.LogChunk
-	var manifests []store.LogManifest
+	var t tails
 	for _, m := range msgs {
-		r, err := decodeResult(m.Data)
-		if err != nil {
-			continue
-		}
-		for _, c := range r.Tail {
-			chunks = append(chunks, store.LogChunk{JobID: r.JobID, Attempt: r.Attempt, Chunk: c})
-		}
-		if r.Manifest != nil && !whole(*r.Manifest, r.Tail) {
-			manifests = append(manifests, store.LogManifest{JobID: r.JobID, Attempt: r.Attempt, Manifest: *r.Manifest})
+		if r, err := decodeResult(m.Data); err == nil {
+			t.add(&r)
 		}
 	}
-	return s.storeChunks(ctx, "results", chunks, manifests...)
+	return s.storeChunks(ctx, "results", t.chunks, t.manifests...)
 }
+
+// tails is what results have for the database.
+type tails struct {
+	chunks    []store.LogChunk
+	manifests []store.LogManifest
+}
+
+func (t *tails) add(r *busmsg.Result) {
+	for _, c := range r.Tail {
+		t.chunks = append(t.chunks, store.LogChunk{JobID: r.JobID, Attempt: r.Attempt, Chunk: c})
+	}
+	if r.Manifest != nil && !whole(*r.Manifest, r.Tail) {
+		t.manifests = append(t.manifests, store.LogManifest{JobID: r.JobID, Attempt: r.Attempt, Manifest: *r.Manifest})
+	}
+}
+
+func (t *tails) empty() bool { return len(t.chunks)+len(t.manifests) == 0 }
 
 // archiveLogs stores all other output.
 func (s *Service) archiveLogs(ctx context.Context) error {

@@ -1,6 +1,10 @@
 // Package collector turns workers' results into states, and keeps output. Any
 // number of collectors may run.
 //
+// Answers: `settle`, by which edges hand over results. A result is proposed to the
+// registry, the output in it is stored, and then the edge has its answer: nothing of
+// it goes through RESULTS. Where no answer comes the edge publishes there.
+//
 // Consumes: RESULTS twice, by the durable consumers `state` and `archive`, and
 // LOGS by `logs`. `state` proposes each result to the registry and acknowledges:
 // a compare-and-swap, nothing else, since every job waits for it; the database

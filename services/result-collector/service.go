@@ -31,6 +31,7 @@ type Service struct {
 	logger  *slog.Logger
 	metrics *metrics
 	now     func() time.Time
+	tails   chan tailRequest
 }
 
 // New starts nothing.
@@ -47,7 +48,7 @@ func New(d Deps) (*Service, error) {
 	if d.Clock == nil {
 		d.Clock = time.Now
 	}
-	s := &Service{bus: d.Bus, store: d.Store, logger: d.Logger, now: d.Clock}
+	s := &Service{bus: d.Bus, store: d.Store, logger: d.Logger, now: d.Clock, tails: make(chan tailRequest)}
 	var err error
 	if s.metrics, err = newMetrics(d.Metrics); err != nil {
 		return nil, fmt.Errorf("register metrics: %w", err)
@@ -92,6 +93,8 @@ func (s *Service) consume(ctx context.Context) error {
 	g.Add("logs", s.archiveLogs)
 	g.Add("archive", s.archiveResults)
 	g.Add("state", s.settleResults)
+	g.Add("requests", s.serveResults)
+	g.Add("tails", s.storeRequested)
 	g.Add("check", s.checkLogs)
 	return g.Run(ctx)
 }

@@ -29,7 +29,12 @@ func (s *Service) settle(ctx context.Context, m bus.Msg) error {
 		s.metrics.results.WithLabelValues("poison").Inc()
 		return bus.Poison(err)
 	}
-	_, err = s.bus.Registry().Transition(ctx, r.JobID, r.Event())
+	return s.propose(ctx, &r)
+}
+
+// propose offers a result to the registry. Nil: it has decided.
+func (s *Service) propose(ctx context.Context, r *busmsg.Result) error {
+	_, err := s.bus.Registry().Transition(ctx, r.JobID, r.Event())
 	word := verdict(err)
 	s.metrics.results.WithLabelValues(word).Inc()
 	switch word {
@@ -79,14 +84,15 @@ func decodeResult(data []byte) (busmsg.Result, error) {
 	if err := json.Unmarshal(data, &r); err != nil {
 		return r, errors.New("not a result") // the reason of a dead letter never quotes a body
 	}
+	return r, checkResult(&r)
+}
+
+func checkResult(r *busmsg.Result) error {
 	if err := id.Check(id.Job, r.JobID); err != nil {
-		return r, fmt.Errorf("jobId: %w", err)
+		return fmt.Errorf("jobId: %w", err)
 	}
 	if r.Attempt < 1 {
-		return r, errors.New("attempt must be at least 1")
+		return errors.New("attempt must be at least 1")
 	}
-	if err := r.Validate(); err != nil {
-		return r, err
-	}
-	return r, nil
+	return r.Validate()
 }

@@ -79,7 +79,7 @@ func New(cfg Config, d Deps) (*Service, error) {
 	secret := []byte(d.WorkerTokenSecret.Reveal())
 	s := &Service{bus: d.Bus, logger: d.Logger}
 	s.hub = session.NewHub(session.Options{
-		Bus: busPort{d.Bus}, EdgeID: id.New(id.Edge, time.Now()), Lease: cfg.lease(), Heartbeat: cfg.heartbeat(), Secret: secret,
+		Bus: &busPort{Conn: d.Bus}, EdgeID: id.New(id.Edge, time.Now()), Lease: cfg.lease(), Heartbeat: cfg.heartbeat(), Secret: secret,
 		MaxInflightBytes: int64(cfg.MaxInflight), Logger: d.Logger, Metrics: session.NewMetrics(d.Metrics),
 	})
 	s.sockets = socket.New(socket.Options{

@@ -52,6 +52,9 @@ type Progress struct {
 	Reason string           `json:"reason,omitempty"` // of a rejection
 }
 
+// Settled answers the request to settle a result.
+type Settled struct{}
+
 // BeatReply answers a BeatRequest with one WorkerReply for each of its workers
 // that said hello or sent a heartbeat. A scheduler that does not lead does not
 // answer at all.
