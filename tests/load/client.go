@@ -16,7 +16,7 @@ import (
 	"github.com/cmdexec/cmdexec/libs/core/job"
 )
 
-// trueJob reserves little, so that slots and not cores bound what runs at once.
+// trueJob gets what every job gets that asks for nothing else: one core among it.
 const trueJob = `{"command":"true"}`
 
 // client speaks plain HTTP, as any user's program would.
@@ -139,21 +139,22 @@ func (c *client) throughput(ctx context.Context, jobs, clients int) (throughput,
 	}, nil
 }
 
-// oneByOne measures from the submit to the moment at which a poll sees the end.
-func (c *client) oneByOne(ctx context.Context, jobs int) (samples, error) {
-	var out samples
+// oneByOne measures the submit, and from there to the moment at which a poll sees
+// the end.
+func (c *client) oneByOne(ctx context.Context, jobs int) (submit, done samples, err error) {
 	for range jobs {
 		at := time.Now()
 		id, err := c.create(ctx)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
+		submit = append(submit, time.Since(at))
 		if _, err := c.wait(ctx, id, 500*time.Microsecond); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		out = append(out, time.Since(at))
+		done = append(done, time.Since(at))
 	}
-	return out, nil
+	return submit, done, nil
 }
 
 // executes measures the call that submits and waits on the server.

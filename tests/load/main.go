@@ -1,7 +1,7 @@
-// Command load measures the product as a user meets it: it starts `cmdexec up`
-// as a separate process, sends jobs over HTTP, each of which executes a real
-// `/bin/sh -c true`, and prints the figures beside what the machine itself can
-// do in the same run. It is a benchmark, not a test: nothing fails by being slow.
+// Command load measures the product as a user meets it: it starts it as separate
+// processes, sends jobs over HTTP, each of which executes a real `/bin/sh -c true`,
+// and prints the figures beside what the machine itself can do in the same run. It
+// is a benchmark, not a test: nothing fails by being slow.
 package main
 
 import (
@@ -10,81 +10,117 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"time"
 )
 
+// plan is what is measured.
+type plan struct {
+	bin     string
+	slots   int
+	jobs    int
+	clients int
+	idle    int
+}
+
+// warm is how many jobs go before what is measured.
+const warm = 200
+
 func main() {
-	jobs := flag.Int("jobs", 2000, "jobs of the throughput run")
-	clients := flag.Int("clients", 16, "clients that submit at the same time")
-	idle := flag.Int("idle", 50, "jobs of the latency run, one after the other")
-	slots := flag.Int("slots", 16, "slots of the local worker")
-	bin := flag.String("bin", os.Getenv("CMDEXEC_BIN_DIR"), "folder of the built binaries")
+	var p plan
+	flag.IntVar(&p.jobs, "jobs", 2000, "jobs of the throughput run")
+	flag.IntVar(&p.clients, "clients", 16, "clients that submit at the same time")
+	flag.IntVar(&p.idle, "idle", 100, "jobs of each latency run, one after the other")
+	flag.IntVar(&p.slots, "slots", 16, "slots of the worker")
+	flag.StringVar(&p.bin, "bin", os.Getenv("CMDEXEC_BIN_DIR"), "folder of the built binaries")
+	forms := flag.String("forms", "up,split", "up: all in one process; split: nats-server, each service and a worker, each its own process")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, *bin, *slots, *jobs, *clients, *idle); err != nil {
+	if err := run(ctx, p, strings.Split(*forms, ",")); err != nil {
 		fmt.Fprintln(os.Stderr, "load:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, bin string, slots, jobs, clients, idle int) error {
-	if bin == "" {
-		bin = "../bin"
+func run(ctx context.Context, p plan, forms []string) error {
+	if p.bin == "" {
+		p.bin = "../bin"
 	}
 	machine, err := readMachine()
 	if err != nil {
 		return err
 	}
 	fmt.Println(machine)
-	forks, forkCPU, err := forkExecRate(ctx, jobs, clients)
+	forks, forkCPU, err := forkExecRate(ctx, p.jobs, p.clients)
 	if err != nil {
 		return err
 	}
-	srv, err := start(ctx, bin, slots)
+	synced, err := syncedWrites(500)
 	if err != nil {
 		return err
 	}
-	defer srv.stop()
+	row("fork/exec of /bin/sh -c true", "%8.0f /s   %.2f CPU s per 1,000", forks, forkCPU)
+	row("a synced write of 1.5 KB, p50 / p99", "%8.2f / %.2f ms", ms(synced.at(50)), ms(synced.at(99)))
+	for _, form := range forms {
+		starter := map[string]func(context.Context, plan) (*deployment, error){"up": startUp, "split": startSplit}[form]
+		if starter == nil {
+			return fmt.Errorf("there is no form %q: up or split", form)
+		}
+		if err := measure(ctx, p, form, starter, forks); err != nil {
+			return fmt.Errorf("%s: %w", form, err)
+		}
+	}
+	return nil
+}
 
-	c := newClient(srv.url, srv.token)
-	warm := 50
-	if _, err := c.throughput(ctx, warm, clients); err != nil {
+func measure(ctx context.Context, p plan, form string, start func(context.Context, plan) (*deployment, error), forks float64) error {
+	d, err := start(ctx, p)
+	if err != nil {
+		return err
+	}
+	defer d.stop()
+	fresh, err := d.usage()
+	if err != nil {
+		return err
+	}
+	c := newClient(d.url, d.token)
+	if _, err := c.throughput(ctx, warm, p.clients); err != nil {
 		return fmt.Errorf("warm up: %w", err)
 	}
-	latency, err := c.oneByOne(ctx, idle)
+	submit, done, err := c.oneByOne(ctx, p.idle)
 	if err != nil {
 		return fmt.Errorf("idle run: %w", err)
 	}
-	execute, err := c.executes(ctx, idle)
+	execute, err := c.executes(ctx, p.idle)
 	if err != nil {
 		return fmt.Errorf("execute run: %w", err)
 	}
-	before, err := srv.usage()
+	before, err := d.usage()
 	if err != nil {
 		return err
 	}
-	t, err := c.throughput(ctx, jobs, clients)
+	t, err := c.throughput(ctx, p.jobs, p.clients)
 	if err != nil {
 		return fmt.Errorf("throughput run: %w", err)
 	}
-	after, err := srv.usage()
+	after, err := d.usage()
 	if err != nil {
 		return err
 	}
-
-	row := func(name, format string, args ...any) {
-		fmt.Printf("%-44s "+format+"\n", append([]any{name}, args...)...)
-	}
-	row("fork/exec of /bin/sh -c true", "%8.0f /s   %.2f CPU s per 1,000", forks, forkCPU)
-	row(fmt.Sprintf("jobs submitted, %d from %d clients", jobs, clients), "%8.0f /s", t.submitted)
-	row("jobs completed", "%8.0f /s   %.0f %% of fork/exec", t.completed, 100*t.completed/forks)
+	fmt.Printf("\n%s: %s\n", form, d.what)
+	row(fmt.Sprintf("jobs completed, %d from %d clients", p.jobs, p.clients), "%8.0f /s   %.0f %% of fork/exec", t.completed, 100*t.completed/forks)
+	row("CPU of all processes and commands", "%8.2f s per 1,000 jobs", (after.cpu-before.cpu).Seconds()*1000/float64(p.jobs))
 	row("submit while saturated, p50 / p99", "%8.2f / %.2f ms", ms(t.submit.at(50)), ms(t.submit.at(99)))
-	row(fmt.Sprintf("idle, submit to done, %d jobs, p50 / p99", idle), "%8.2f / %.2f ms", ms(latency.at(50)), ms(latency.at(99)))
+	row("submit, idle, p50 / p99", "%8.2f / %.2f ms", ms(submit.at(50)), ms(submit.at(99)))
+	row("idle, submit to done, p50 / p99", "%8.2f / %.2f ms", ms(done.at(50)), ms(done.at(99)))
 	row("idle, POST /api/execute, p50 / p99", "%8.2f / %.2f ms", ms(execute.at(50)), ms(execute.at(99)))
-	row("CPU of server, worker and commands", "%8.2f s per 1,000 jobs", (after.cpu-before.cpu).Seconds()*1000/float64(jobs))
-	row("resident memory before / after", "%8.1f / %.1f MB", mb(before.rss), mb(after.rss))
+	row("resident memory: fresh / before / after the jobs", "%8.1f / %.1f / %.1f MB", mb(fresh.rss), mb(before.rss), mb(after.rss))
 	return nil
+}
+
+func row(name, format string, args ...any) {
+	fmt.Printf("%-50s "+format+"\n", append([]any{name}, args...)...)
 }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
