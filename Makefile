@@ -110,6 +110,11 @@ bench: build ## Measure throughput and latency, in one process and in many (ARGS
 	@$(STATIC) go build -o bin/ github.com/nats-io/nats-server/v2
 	@cd tests && CMDEXEC_BIN_DIR="$(CURDIR)/bin" go run ./load $(ARGS)
 
+.PHONY: load
+load: build ## Measure what is promised, with 100 workers and 1,000 jobs over separate processes
+	@$(STATIC) go build -o bin/ github.com/nats-io/nats-server/v2 ./tests/chaos/chaosworkers
+	@cd tests && CMDEXEC_BIN_DIR="$(CURDIR)/bin" go run ./load -promises $(ARGS)
+
 # The seed decides jobs, faults, victims and times; a run that breaks a promise
 # keeps its folder and says how to replay it. SUITE=cluster has three NATS servers,
 # SUITE=disk (root) a file system of its own that is filled and cut off.

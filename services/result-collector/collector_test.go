@@ -116,9 +116,14 @@ func (c running) counted(t *testing.T, name, label string) float64 {
 
 func (r *rig) eventually(what string, f func() bool) {
 	r.t.Helper()
+	r.within(20*time.Second, what, f)
+}
+
+func (r *rig) within(d time.Duration, what string, f func() bool) {
+	r.t.Helper()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
-	for end := time.Now().Add(20 * time.Second); !f(); {
+	for end := time.Now().Add(d); !f(); {
 		if time.Now().After(end) {
 			r.t.Fatalf("not in time: %s", what)
 		}
@@ -197,7 +202,8 @@ func (r *rig) pending(name bus.ConsumerName) uint64 {
 
 func (r *rig) settled() {
 	r.t.Helper()
-	r.eventually("everything is acknowledged", func() bool {
+	// What was on its way to a collector when the server went comes again after 30 s.
+	r.within(time.Minute, "everything is acknowledged", func() bool {
 		return r.pending(bus.ResultsState) == 0 && r.pending(bus.ResultsArchive) == 0 && r.pending(bus.LogsArchive) == 0
 	})
 }

@@ -673,6 +673,11 @@ func TestARestartOfTheServerRebuildsMemory(t *testing.T) {
 	r.within(20*time.Second, "the connection is back", func() bool {
 		return r.conn.Ready() == nil && r.conn.ServerID() == next.ID()
 	})
+	// What the old memory has in its queue the rebuilt one leaves to the ghost guard.
+	r.within(20*time.Second, "memory is rebuilt", func() bool {
+		ex, err := bus.Query(r.ctx, r.conn, bus.QueryExplain, busmsg.Explain{JobID: stuck})
+		return err == nil && ex.Position == 0
+	})
 	r.within(20*time.Second, "the lease is confirmed by the rebuilt memory", func() bool {
 		return slices.Contains(w.heartbeat().Confirmed, lease)
 	})

@@ -51,9 +51,11 @@ func (c *client) do(ctx context.Context, method, path, body string, into any) er
 	return json.Unmarshal(data, into)
 }
 
-func (c *client) create(ctx context.Context) (string, error) {
+func (c *client) create(ctx context.Context) (string, error) { return c.submit(ctx, trueJob) }
+
+func (c *client) submit(ctx context.Context, spec string) (string, error) {
 	var j api.Job
-	err := c.do(ctx, http.MethodPost, "/api/jobs/create", trueJob, &j)
+	err := c.do(ctx, http.MethodPost, "/api/jobs/create", spec, &j)
 	return j.JobID, err
 }
 

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -17,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/cmdexec/cmdexec/libs/core/busmsg"
 	"github.com/cmdexec/cmdexec/libs/kit/auth"
 )
 
@@ -26,6 +26,10 @@ type deployment struct {
 	dir        string
 	url, token string
 	procs      []*exec.Cmd // in the order of their start
+
+	// Of separate services only.
+	edge string   // address
+	env  []string // that they share
 }
 
 const readyWithin = 30 * time.Second
@@ -80,7 +84,7 @@ func startUp(ctx context.Context, p plan) (*deployment, error) {
 				return err
 			}
 			d.token = c.Token
-			return d.hasWorker(ctx)
+			return d.hasWorkers(ctx, 1)
 		})
 	})
 }
@@ -91,9 +95,33 @@ jetstream { store_dir: %q, sync_interval: always }
 max_payload: 2MB
 `
 
+const userSecret, workerSecret = "load-user-tokens-7a1f3c9e5b2d4680", "load-worker-tokens-2e8b6d0f4a9c7135"
+
 // startSplit starts nats-server, one process of each service, and a worker.
 func startSplit(ctx context.Context, p plan) (*deployment, error) {
-	const userSecret, workerSecret = "load-user-tokens-7a1f3c9e5b2d4680", "load-worker-tokens-2e8b6d0f4a9c7135"
+	d, err := startServices(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	err = d.addWorker(ctx, p, "worker", "SLOTS="+strconv.Itoa(p.slots))
+	if err == nil {
+		err = d.await(ctx, "a worker", func() error { return d.hasWorkers(ctx, 1) })
+	}
+	if err != nil {
+		d.stop()
+		return nil, err
+	}
+	return d, nil
+}
+
+// addWorker starts a worker with a folder of its own.
+func (d *deployment) addWorker(ctx context.Context, p plan, name string, env ...string) error {
+	own := append(slices.Clone(d.env), "SERVER_URL=http://"+d.edge, "DATA_DIR="+filepath.Join(d.dir, name), "EXECUTORS=process")
+	return d.add(ctx, append(own, env...), filepath.Join(p.bin, "worker"))
+}
+
+// startServices starts everything but workers.
+func startServices(ctx context.Context, p plan) (*deployment, error) {
 	return start("nats-server, five services and a worker, each its own process, over SQLite", func(d *deployment) error {
 		var addrs [4]string // of nats-server and its monitor, gateway and edge
 		for i := range addrs {
@@ -113,14 +141,14 @@ func startSplit(ctx context.Context, p plan) (*deployment, error) {
 		env := []string{
 			"NATS_URL=nats://" + addrs[0], "NATS_MONITOR_URL=http://" + addrs[1], "SQLITE_PATH=" + filepath.Join(d.dir, "jobs.db"), "JWT_SECRET=" + userSecret,
 			"WORKER_TOKEN_SECRET=" + workerSecret, "RATE_LIMIT_USER=off", "RATE_LIMIT_IP=off", "RATE_LIMIT_WORKER=off", "ADMIN_ADDR=off",
-			"SERVER_URL=http://" + addrs[3], "DATA_DIR=" + filepath.Join(d.dir, "worker"), "EXECUTORS=process", "SLOTS=" + strconv.Itoa(p.slots),
 		}
+		d.edge, d.env = addrs[3], env
 		apply := exec.CommandContext(ctx, filepath.Join(p.bin, "cmdexec"), "bus", "apply")
 		apply.Env = append(os.Environ(), env...)
 		if out, err := apply.CombinedOutput(); err != nil {
 			return fmt.Errorf("bus apply: %w: %s", err, out)
 		}
-		for _, name := range []string{"registry-persister", "result-collector", "scheduler", "worker-edge", "api-gateway", "worker"} {
+		for _, name := range []string{"registry-persister", "result-collector", "scheduler", "worker-edge", "api-gateway"} {
 			own := env
 			switch name {
 			case "api-gateway":
@@ -136,7 +164,7 @@ func startSplit(ctx context.Context, p plan) (*deployment, error) {
 		if d.token, err = auth.MintUser([]byte(userSecret), "load", auth.RoleUser, time.Hour, time.Now()); err != nil {
 			return err
 		}
-		return d.await(ctx, "the services", func() error { return d.hasWorker(ctx) })
+		return d.await(ctx, "the services", func() error { return d.hasWorkers(ctx, 0) })
 	})
 }
 
@@ -170,24 +198,14 @@ func (d *deployment) await(ctx context.Context, what string, ready func() error)
 	}
 }
 
-// hasWorker is nil when jobs can run.
-func (d *deployment) hasWorker(ctx context.Context) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, d.url+"/api/workers/list", nil)
-	if err != nil {
+// hasWorkers is nil when that many workers are there.
+func (d *deployment) hasWorkers(ctx context.Context, n int) error {
+	var list busmsg.WorkerList
+	if err := newClient(d.url, d.token).do(ctx, http.MethodGet, "/api/workers/list", "", &list); err != nil {
 		return err
 	}
-	req.Header.Set("Authorization", "Bearer "+d.token)
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	data, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode != http.StatusOK || !strings.Contains(string(data), `"workerId"`) {
-		return fmt.Errorf("no worker yet: %s", resp.Status)
+	if len(list.Items) < n {
+		return fmt.Errorf("%d workers of %d are connected", len(list.Items), n)
 	}
 	return nil
 }

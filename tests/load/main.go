@@ -34,19 +34,24 @@ func main() {
 	flag.IntVar(&p.slots, "slots", 16, "slots of the worker")
 	flag.StringVar(&p.bin, "bin", os.Getenv("CMDEXEC_BIN_DIR"), "folder of the built binaries")
 	forms := flag.String("forms", "up,split", "up: all in one process; split: nats-server, each service and a worker, each its own process")
+	load := flag.Bool("promises", false, "measure what the product promises, with 100 workers, and nothing else")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, p, strings.Split(*forms, ",")); err != nil {
+	if p.bin == "" {
+		p.bin = "../bin"
+	}
+	measured := func() error { return run(ctx, p, strings.Split(*forms, ",")) }
+	if *load {
+		measured = func() error { return promises(ctx, p) }
+	}
+	if err := measured(); err != nil {
 		fmt.Fprintln(os.Stderr, "load:", err)
 		os.Exit(1)
 	}
 }
 
 func run(ctx context.Context, p plan, forms []string) error {
-	if p.bin == "" {
-		p.bin = "../bin"
-	}
 	machine, err := readMachine()
 	if err != nil {
 		return err
