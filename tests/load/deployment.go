@@ -103,6 +103,7 @@ func startSplit(ctx context.Context, p plan) (*deployment, error) {
 	if err != nil {
 		return nil, err
 	}
+	d.what += ", and a worker"
 	err = d.addWorker(ctx, p, "worker", "SLOTS="+strconv.Itoa(p.slots))
 	if err == nil {
 		err = d.await(ctx, "a worker", func() error { return d.hasWorkers(ctx, 1) })
@@ -122,7 +123,7 @@ func (d *deployment) addWorker(ctx context.Context, p plan, name string, env ...
 
 // startServices starts everything but workers.
 func startServices(ctx context.Context, p plan) (*deployment, error) {
-	return start("nats-server, five services and a worker, each its own process, over SQLite", func(d *deployment) error {
+	return start("nats-server and five services, each its own process, over SQLite", func(d *deployment) error {
 		var addrs [4]string // of nats-server and its monitor, gateway and edge
 		for i := range addrs {
 			var err error

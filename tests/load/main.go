@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -36,7 +37,7 @@ func main() {
 	forms := flag.String("forms", "up,split", "up: all in one process; split: nats-server, each service and a worker, each its own process")
 	load := flag.Bool("promises", false, "measure what the product promises, with 100 workers, and nothing else")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if p.bin == "" {
 		p.bin = "../bin"
