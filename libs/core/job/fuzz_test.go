@@ -96,7 +96,7 @@ func FuzzCommand(f *testing.F) {
 func FuzzImageRef(f *testing.F) {
 	for _, s := range []string{
 		"", "alpine", "alpine:3", "a/b/c:d", "localhost:5000/a", "Host.example/a:b", "a@sha256:" + strings.Repeat("0", 64), "a:b@sha256:" + strings.Repeat("f", 64),
-		"a@sha256:0", "../a", "http://a", "host:/a", "a__b", "a___b", "a..b", "[::1]/a", "A", "a:", ":", "@", "/", "a\x00",
+		"a@sha256:0", "../a", "http://a", "host:/a", "a__b", "a___b", "a..b", "[::1]/a", "A", "a:", ":", "@", "/", "a\x00", "0:0..", "a:..",
 	} {
 		f.Add(s)
 	}
@@ -104,8 +104,16 @@ func FuzzImageRef(f *testing.F) {
 		if !ValidImage(s) {
 			return
 		}
-		// What an executor may hand to an engine, or into a URL, without a thought.
-		if s == "" || s[0] == '-' || s[0] == '.' || strings.Contains(s, "..") || strings.Contains(s, "//") || strings.Count(s, "@") > 1 ||
+		// What an executor may hand to an engine, or into a URL, without a thought. A tag
+		// may have two dots, behind its first character.
+		path := s
+		if tag := strings.LastIndexByte(s, ':'); tag > strings.LastIndexByte(s, '/') {
+			path = s[:tag]
+			if strings.HasPrefix(s[tag:], ":.") {
+				t.Fatalf("%q was accepted", s)
+			}
+		}
+		if s == "" || s[0] == '-' || s[0] == '.' || strings.Contains(path, "..") || strings.Contains(s, "//") || strings.Count(s, "@") > 1 ||
 			strings.ContainsFunc(s, func(c rune) bool {
 				return c <= ' ' || c >= 0x7f || strings.ContainsRune(`?#\%$&;|<>'"()[]{}*!~`+"`", c)
 			}) {
