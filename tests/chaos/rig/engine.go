@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -75,8 +76,27 @@ func (r *Rig) newEngine() (*Engine, error) {
 		return d.DialContext(ctx, "unix", e.socket())
 	}}}
 	e.Process = r.process("dockerd", "dockerd", nil, "--config-file", e.config())
-	e.path = daemon
+	e.path, e.before = daemon, e.forgetContainerd
 	return e, nil
+}
+
+// forgetContainerd removes the note of a containerd that died with its dockerd. Its
+// process may still have to be reaped, or its id may be somebody else's by now, and
+// dockerd would wait for that one to answer until it gives up.
+func (e *Engine) forgetContainerd() error {
+	note := filepath.Join(e.dir, "exec", "containerd", "containerd.pid")
+	pid, err := os.ReadFile(note)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	command, err := os.ReadFile(filepath.Join("/proc", strings.TrimSpace(string(pid)), "cmdline")) // a dead one has none
+	if err == nil && strings.Contains(string(command), e.dir) {
+		return nil
+	}
+	return os.Remove(note)
 }
 
 func (e *Engine) config() string  { return filepath.Join(e.dir, "daemon.json") }

@@ -56,6 +56,7 @@ type Process struct {
 	args    []string
 	env     []string
 	log     string
+	before  func() error // each start; may be nil
 
 	mu    sync.Mutex
 	cmd   *exec.Cmd
@@ -75,6 +76,11 @@ func (p *Process) start(path string, env ...string) error {
 	defer p.mu.Unlock()
 	if p.running() {
 		return nil
+	}
+	if p.before != nil {
+		if err := p.before(); err != nil {
+			return fmt.Errorf("start %s: %w", p.Name, err)
+		}
 	}
 	out, err := os.OpenFile(p.log, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
