@@ -308,7 +308,7 @@ func (s *Service) watchExecutors(ctx context.Context) {
 	reaped := time.Now()
 	for {
 		s.probe(ctx)
-		if time.Since(reaped) >= reapEvery {
+		if time.Since(reaped) >= reapEvery || s.untidy() {
 			s.reap(ctx)
 			reaped = time.Now()
 		}
@@ -368,6 +368,14 @@ func (s *Service) reap(ctx context.Context) {
 // reaper is an executor that can leave something behind while the worker lives.
 type reaper interface {
 	Reap(ctx context.Context, holds func(leaseID string) bool) error
+	Untidy() bool // something may be left just now
+}
+
+func (s *Service) untidy() bool {
+	return slices.ContainsFunc(s.executors, func(x executor.Executor) bool {
+		r, ok := x.(reaper)
+		return ok && r.Untidy()
+	})
 }
 
 // deliver waits until every result is acknowledged, while there is a connection

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/docker/docker/api/types/container"
@@ -32,6 +33,8 @@ type Executor struct {
 	mu        sync.Mutex
 	live      map[string]bool // names of containers of attempts that are not closed
 	recovered bool
+
+	untidyUntil atomic.Int64 // in nanoseconds
 }
 
 var _ executor.Executor = (*Executor)(nil)
@@ -153,6 +156,15 @@ func (x *Executor) Reap(ctx context.Context, holds func(leaseID string) bool) er
 	return errors.Join(append(errs, x.reapVolumes(ctx))...)
 }
 
+// untidyFor is how long an engine may take to make a container that nobody waits
+// for any more.
+const untidyFor = time.Minute
+
+// Untidy reports whether a container may have been made lately that could not be
+// prepared to its end: the engine may have taken the request and not answered. Then
+// Reap is worth a call earlier than else.
+func (x *Executor) Untidy() bool { return time.Now().UnixNano() < x.untidyUntil.Load() }
+
 func (x *Executor) holds(names []string, lease string, holds func(string) bool) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -239,6 +251,7 @@ func (x *Executor) Prepare(ctx context.Context, spec executor.Spec) (executor.At
 	}
 	if err := a.create(ctx); err != nil {
 		failed := x.engine.failed(ctx, err)
+		x.untidyUntil.Store(time.Now().Add(untidyFor).UnixNano())
 		if err := a.Close(); err != nil {
 			x.log.Warn("a container that was not to be is still there, it is removed later", "job", spec.JobID, "error", err)
 		}

@@ -1,6 +1,7 @@
 package docker_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -29,6 +30,7 @@ type proxy struct {
 	l       net.Listener
 	mu      sync.Mutex
 	hung    chan struct{} // closed while it works
+	after   string        // hangs when it has passed on a request with this; may be empty
 	conns   map[net.Conn]bool
 	all     sync.WaitGroup
 }
@@ -87,6 +89,11 @@ func (p *proxy) serve(c net.Conn, target string) {
 				if _, err := to.Write(buf[:n]); err != nil {
 					break
 				}
+				p.mu.Lock()
+				if p.after != "" && bytes.Contains(buf[:n], []byte(p.after)) {
+					p.after, p.hung = "", make(chan struct{})
+				}
+				p.mu.Unlock()
 			}
 			if err != nil {
 				break
@@ -193,6 +200,46 @@ func ownGoroutines() int {
 		}
 	}
 	return n
+}
+
+// hangAfter has the proxy hang when it has passed on the next request with this text.
+func (p *proxy) hangAfter(text string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.after = text
+}
+
+// A request that was called off is taken by the engine all the same. What it makes is
+// looked for soon, and not when leftovers usually are. Found by tests/chaos.
+func TestWhatWasCalledOffIsLookedForSoon(t *testing.T) {
+	api := engine(t)
+	p := newProxy(t)
+	x := newExecutor(t, impatient(p.address, time.Second))
+	if r := run(t, x, shell("true")); r.code() != 0 || x.Untidy() {
+		t.Fatalf("%v, untidy %v", r, x.Untidy())
+	}
+	p.hangAfter("/containers/create")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	spec := shell("true")
+	prepared := make(chan error, 1)
+	go func() {
+		_, err := x.Prepare(ctx, spec)
+		prepared <- err
+	}()
+	eventually(t, func() bool { return len(ofLease(t, api, spec.LeaseID)) == 1 }, "the engine makes no container")
+	cancel()
+	if err := <-prepared; err == nil {
+		t.Fatal("prepared by an engine that does not answer")
+	}
+	if !x.Untidy() {
+		t.Error("nobody would look for what the engine has made of it")
+	}
+	p.resume()
+	must(t, x.Reap(t.Context(), nil))
+	if left := ofLease(t, api, spec.LeaseID); len(left) != 0 {
+		t.Fatalf("still there: %v", left)
+	}
 }
 
 func TestEngineHangsWhileACommandRuns(t *testing.T) {
