@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -102,12 +103,19 @@ func (d *smallDisk) shutdown() error {
 // powerCut takes the power from the disk of NATS and from the server.
 type powerCut struct{}
 
+// The server stands still from before the cut on. One that lives on with a disk that
+// fails is another fault: it acknowledges nothing, but calls what it cannot read not
+// found, or gives an older version.
 func (powerCut) inject(ctx context.Context, s *scene) error {
+	server := s.rig.NATS[0]
+	if err := server.Signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
 	if err := s.disk.shutdown(); err != nil {
 		return err
 	}
-	wait(ctx, s.between(0, 500*time.Millisecond)) // a server may go on for a moment and must not acknowledge
-	return s.rig.NATS[0].Kill()
+	wait(ctx, s.between(0, 500*time.Millisecond))
+	return server.Kill()
 }
 
 // heal mounts the disk and starts what has stopped. The server does not sync the
