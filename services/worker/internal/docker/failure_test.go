@@ -82,16 +82,19 @@ func (p *proxy) serve(c net.Conn, target string) {
 	p.mu.Unlock()
 	pipe := func(to, from net.Conn) {
 		buf := make([]byte, 32<<10)
+		taken := false // the request that it hangs after may come in parts
 		for {
 			n, err := from.Read(buf)
-			<-p.working()
+			if !taken {
+				<-p.working()
+			}
 			if n > 0 {
 				if _, err := to.Write(buf[:n]); err != nil {
 					break
 				}
 				p.mu.Lock()
 				if p.after != "" && bytes.Contains(buf[:n], []byte(p.after)) {
-					p.after, p.hung = "", make(chan struct{})
+					p.after, p.hung, taken = "", make(chan struct{}), true
 				}
 				p.mu.Unlock()
 			}
