@@ -32,6 +32,7 @@ type hierarchy struct {
 	// home is the tasks file of base (v1 only): a thread that leaves a group
 	// goes back there.
 	home *os.File
+	idle idleGroups
 }
 
 // mount is one line of /proc/self/mountinfo.
@@ -210,12 +211,23 @@ func fieldsOf(file string) map[string]bool {
 
 // group is one control group of one attempt.
 type group struct {
-	h    *hierarchy
-	path string
-	fd   int // of its folder; -1 when it is closed
-	gone bool
+	h     *hierarchy
+	path  string
+	fd    int // of its folder; -1 when it is closed
+	files []controlFile
+	gone  bool // removed, or given back to be used again
 	// pidsLimit is set where the starting thread must be allowed for.
 	pidsLimit int64
+	// again is what it limits, where it may be used again; oomKills is how many it
+	// had seen before this attempt.
+	again    *quotas
+	oomKills int64
+}
+
+// controlFile is a file of a group that stays open for as long as the group does.
+type controlFile struct {
+	name string
+	fd   int
 }
 
 func makeGroup(h *hierarchy, name string) (*group, error) {
@@ -247,11 +259,11 @@ func (g *group) limit(spec executor.Spec) error {
 				return fmt.Errorf("forbid swap: %w", err)
 			}
 		} else {
-			if err := writeFileAt(g.fd, "memory.limit_in_bytes", bytes); err != nil {
+			if err := g.write("memory.limit_in_bytes", bytes); err != nil {
 				return fmt.Errorf("set memory limit: %w", err)
 			}
 			// Memory and swap together: none of it may be swap.
-			if err := optional(writeFileAt(g.fd, "memory.memsw.limit_in_bytes", bytes)); err != nil {
+			if err := optional(g.write("memory.memsw.limit_in_bytes", bytes)); err != nil {
 				return fmt.Errorf("forbid swap: %w", err)
 			}
 		}
@@ -262,7 +274,7 @@ func (g *group) limit(spec executor.Spec) error {
 			g.pidsLimit = limit
 			limit++ // the starting thread is a member for a moment
 		}
-		if err := writeFileAt(g.fd, "pids.max", strconv.FormatInt(limit, 10)); err != nil {
+		if err := g.write("pids.max", strconv.FormatInt(limit, 10)); err != nil {
 			return fmt.Errorf("set process limit: %w", err)
 		}
 	}
@@ -275,7 +287,7 @@ func (g *group) limit(spec executor.Spec) error {
 			}
 		} else {
 			// The period is the kernel's default.
-			if err := writeFileAt(g.fd, "cpu.cfs_quota_us", quota); err != nil {
+			if err := g.write("cpu.cfs_quota_us", quota); err != nil {
 				return fmt.Errorf("set CPU limit: %w", err)
 			}
 		}
@@ -286,7 +298,7 @@ func (g *group) limit(spec executor.Spec) error {
 // enter makes the calling thread a member (v1 only). Moving the calling thread
 // alone is cheap; moving a whole process waits for a grace period of the kernel.
 func (g *group) enter() error {
-	if err := writeFileAt(g.fd, "tasks", "0"); err != nil {
+	if err := g.write("tasks", "0"); err != nil {
 		return fmt.Errorf("enter control group: %w", err)
 	}
 	return nil
@@ -298,7 +310,7 @@ func (g *group) leave() error {
 		return fmt.Errorf("leave control group: %w", err)
 	}
 	if g.pidsLimit > 0 {
-		if err := writeFileAt(g.fd, "pids.max", strconv.FormatInt(g.pidsLimit, 10)); err != nil {
+		if err := g.write("pids.max", strconv.FormatInt(g.pidsLimit, 10)); err != nil {
 			return fmt.Errorf("set process limit: %w", err)
 		}
 	}
@@ -326,13 +338,47 @@ func (g *group) measure(u *usage) {
 		u.peakMemory = n
 	}
 	if n, ok := keyed(g.fd, kills, "oom_kill"); ok {
-		u.oomKills = n
+		u.oomKills = n - g.oomKills
+	}
+}
+
+// write writes to a control file in one call, as the kernel wants it. A file of a
+// group that is used again stays open.
+func (g *group) write(name, value string) error {
+	if g.again == nil {
+		return writeFileAt(g.fd, name, value)
+	}
+	for _, f := range g.files {
+		if f.name == name {
+			return writeValue(f.fd, value)
+		}
+	}
+	fd, err := unix.Openat(g.fd, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	g.files = append(g.files, controlFile{name, fd})
+	return writeValue(fd, value)
+}
+
+// shut closes the folder of the group and its files.
+func (g *group) shut() {
+	for _, f := range g.files {
+		_ = unix.Close(f.fd)
+	}
+	g.files = nil
+	if g.fd >= 0 {
+		_ = unix.Close(g.fd)
+		g.fd = -1
 	}
 }
 
 // kill sends SIGKILL to every member, here and in groups that the command made
 // below.
 func (g *group) kill() {
+	if g.gone {
+		return
+	}
 	if g.h.v2 && writeFileAt(unix.AT_FDCWD, g.path+"/cgroup.kill", "1") == nil {
 		return
 	}
@@ -381,10 +427,7 @@ func (g *group) destroy(deadline time.Time) bool {
 	if g.gone {
 		return true
 	}
-	if g.fd >= 0 {
-		_ = unix.Close(g.fd)
-		g.fd = -1
-	}
+	g.shut()
 	pause := 100 * time.Microsecond
 	for {
 		err := unix.Rmdir(g.path)
@@ -423,12 +466,15 @@ func writeFileAt(dir int, name, value string) error {
 	if err != nil {
 		return err
 	}
+	return errors.Join(writeValue(fd, value), unix.Close(fd))
+}
+
+func writeValue(fd int, value string) error {
 	for {
-		if _, err = unix.Write(fd, []byte(value)); !errors.Is(err, unix.EINTR) {
-			break
+		if _, err := unix.Pwrite(fd, []byte(value), 0); !errors.Is(err, unix.EINTR) {
+			return err
 		}
 	}
-	return errors.Join(err, unix.Close(fd))
 }
 
 // readFileAt reads a small control file into buf.

@@ -230,10 +230,9 @@ func (h *host) newTree(spec executor.Spec, mark string) (*tree, error) {
 		if c == nil || slices.Contains(wanted[:i], c) {
 			continue
 		}
-		g, err := makeGroup(c, name)
-		if err == nil {
+		g, err := h.newGroup(c, name, spec)
+		if g != nil {
 			t.groups = append(t.groups, g)
-			err = g.limit(spec)
 		}
 		if err != nil {
 			return nil, executor.InfraError("the limits of the command cannot be set", errors.Join(err, t.remove()))
@@ -242,13 +241,39 @@ func (h *host) newTree(spec executor.Spec, mark string) (*tree, error) {
 	return t, nil
 }
 
+// newGroup gives a group with its limits set. With an error it may give one that has
+// to be destroyed.
+func (h *host) newGroup(c *hierarchy, name string, spec executor.Spec) (*group, error) {
+	// The tracker is new for every attempt: that the kernel lets it be removed proves
+	// that nothing of the attempt is left. Version 2 cannot forget its peak.
+	reusable := !c.v2 && c != h.tracker
+	want := quotasOf(c, spec)
+	if reusable {
+		if g := c.idle.take(want); g != nil {
+			if err := g.renew(spec); err == nil {
+				return g, nil
+			}
+			g.destroy(time.Now().Add(time.Second))
+		}
+		name = idleGroupName(h.mark, c.idle.number())
+	}
+	g, err := makeGroup(c, name)
+	if err != nil {
+		return nil, err
+	}
+	if reusable {
+		g.again = &want
+	}
+	return g, g.limit(spec)
+}
+
 func (h *host) close() error {
 	var errs []error
 	closed := map[*hierarchy]bool{}
 	for _, c := range []*hierarchy{h.tracker, h.memory, h.pids, h.cpu} {
 		if c != nil && c.home != nil && !closed[c] {
 			closed[c] = true
-			errs = append(errs, c.home.Close())
+			errs = append(errs, c.idle.remove(), c.home.Close())
 		}
 	}
 	return errors.Join(errs...)

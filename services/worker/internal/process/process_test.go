@@ -731,6 +731,84 @@ func TestFoldersAreUsedAgainOnlyAsNew(t *testing.T) {
 	}
 }
 
+// A control group may be used again only when nothing of an attempt is left in it,
+// and as it was when it was new.
+func TestGroupsAreUsedAgainOnlyAsNew(t *testing.T) {
+	e := newTestExecutor(t, anyTracking, testWorker)
+	c := e.host.memory
+	if c == nil || c.v2 || c == e.host.tracker || c == e.host.pids || os.Geteuid() != 0 {
+		t.Skip("skip: only control groups of version 1, of root, are used again")
+	}
+	small := func(script string) executor.Spec {
+		spec := shell(script)
+		spec.MemoryMB = 64
+		return spec
+	}
+	// The folder of the command's own group.
+	own := `cd "` + c.base + `/$(sed -n 's/.*:memory:.*\/\(cmdexec\.\)/\1/p' /proc/self/cgroup)"; `
+	group := func() string {
+		r := start(t, e, small(own+"pwd"))
+		wantCode(t, r.wait(t), 0)
+		return strings.TrimSpace(r.stdout.String())
+	}
+	first := group()
+	if again := group(); again != first {
+		t.Errorf("a group was not used again: %s, %s", first, again)
+	}
+
+	t.Run("what it has counted is not the next one's", func(t *testing.T) {
+		exit := start(t, e, small(`x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done`)).wait(t)
+		if !exit.OOMKilled {
+			t.Fatalf("got %s", show(exit))
+		}
+		r := start(t, e, small(own+"pwd"))
+		exit = r.wait(t)
+		wantCode(t, exit, 0)
+		if strings.TrimSpace(r.stdout.String()) != first || exit.OOMKilled || exit.PeakMemoryMB > 16 || exit.Reason != "" {
+			t.Errorf("%s after %s: %s, peak %d MiB", r.stdout, first, show(exit), exit.PeakMemoryMB)
+		}
+	})
+	t.Run("a limit that a command has changed is set again", func(t *testing.T) {
+		wantCode(t, start(t, e, small(own+"echo -1 > memory.memsw.limit_in_bytes; echo 1G > memory.limit_in_bytes")).wait(t), 0)
+		r := start(t, e, small(own+"cat memory.limit_in_bytes"))
+		wantCode(t, r.wait(t), 0)
+		if got := strings.TrimSpace(r.stdout.String()); got != strconv.Itoa(64<<20) {
+			t.Errorf("the next command's memory limit is %s", got)
+		}
+	})
+	t.Run("memory that is still charged", func(t *testing.T) {
+		file := "/dev/shm/cmdexec-test-" + strconv.Itoa(os.Getpid())
+		t.Cleanup(func() { _ = os.Remove(file) })
+		before := group()
+		wantCode(t, start(t, e, small("head -c 8388608 /dev/zero > "+file)).wait(t), 0)
+		if after := group(); after == before {
+			t.Error("a group was kept that has 8 MiB of the command before")
+		}
+	})
+	t.Run("a group that the command made below", func(t *testing.T) {
+		before := group()
+		wantCode(t, start(t, e, small(own+"mkdir below")).wait(t), 0)
+		if after := group(); after == before {
+			t.Error("a group was kept that has another below it")
+		}
+	})
+	t.Run("groups of a killed worker", func(t *testing.T) {
+		group()
+		for _, h := range []*hierarchy{e.host.memory, e.host.pids, e.host.cpu} {
+			for _, g := range h.idle.groups { // forgotten, as by a worker that was killed
+				g.shut()
+			}
+			h.idle.groups = nil
+		}
+		if err := e.Recover(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if left := e.leftovers(); len(left) > 0 {
+			t.Errorf("left behind: %v", left)
+		}
+	})
+}
+
 func TestMountsAreDetachedBeforeRemoval(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("skip: mounting needs root")

@@ -235,7 +235,7 @@ func (t *tree) sweep(deadline time.Time) bool {
 		}
 		// The tracker first: it kills fastest.
 		for _, g := range t.groups {
-			gone = g.destroy(deadline) && gone
+			gone = g.release(deadline) && gone
 		}
 	} else {
 		gone = t.sweepTable(deadline)
