@@ -25,18 +25,31 @@ type plan struct {
 	clients int
 	idle    int
 	forms   []string
+
+	fleet, busy int // workers of the row fleet, and how many of them have an attempt
+	backlog     int // jobs of the row queue
 }
 
 // warm is how many jobs go before what is measured.
 const warm = 200
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == fleetWord {
+		if err := runFleet(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "load: fleet:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	var p plan
 	flag.IntVar(&p.jobs, "jobs", 2000, "jobs of the throughput run")
 	flag.IntVar(&p.clients, "clients", 16, "clients that submit at the same time")
 	flag.IntVar(&p.idle, "idle", 100, "jobs of each latency run, one after the other")
 	flag.IntVar(&p.slots, "slots", 16, "slots of the worker")
 	flag.StringVar(&p.bin, "bin", os.Getenv("CMDEXEC_BIN_DIR"), "folder of the built binaries")
+	flag.IntVar(&p.fleet, "fleet", 10_000, "workers of the row fleet")
+	flag.IntVar(&p.busy, "busy", 200, "of them that have a running attempt")
+	flag.IntVar(&p.backlog, "backlog", 100_000, "jobs of the row queue that wait")
 	forms := flag.String("forms", "up,split", "of the row jobs. up: all in one process; split: nats-server, each service and a worker, each its own process")
 	chosen := flag.String("rows", "jobs", "what is measured: "+strings.Join(slices.Sorted(maps.Keys(rows())), ", "))
 	load := flag.Bool("promises", false, "measure what the product promises, with 100 workers, and nothing else")
@@ -60,7 +73,9 @@ func main() {
 // rows are what `make bench` can measure. Each prints its own figures.
 func rows() map[string]func(context.Context, plan) error {
 	return map[string]func(context.Context, plan) error{
-		"jobs": jobs,
+		"fleet": fleetOf,
+		"jobs":  jobs,
+		"queue": queueOf,
 	}
 }
 
