@@ -288,10 +288,22 @@ func (w *fleetWorker) welcome(ctx context.Context, ws *websocket.Conn, every tim
 	go func() {
 		tick := time.NewTicker(every)
 		defer tick.Stop()
+		pinged := time.Now()
 		for w.heartbeat(ctx, ws) {
 			select {
 			case <-tick.C:
 			case <-ctx.Done():
+				return
+			}
+			if time.Since(pinged) < workerproto.PingInterval {
+				continue
+			}
+			pinged = time.Now()
+			pong, cancel := context.WithTimeout(ctx, workerproto.PongTimeout)
+			err := ws.Ping(pong)
+			cancel()
+			if err != nil {
+				_ = ws.CloseNow()
 				return
 			}
 		}
