@@ -46,6 +46,7 @@ type Conn struct {
 	nc        *nats.Conn
 	js        jetstream.JetStream
 	mux       *mux
+	commands  *commands
 	log       *slog.Logger
 	inProcess bool
 	promised  Durability // set by Dial before it returns
@@ -103,6 +104,7 @@ func Connect(ctx context.Context, o Options) (*Conn, error) {
 		c.log = slog.New(slog.DiscardHandler)
 	}
 	c.life, c.end = context.WithCancel(context.Background())
+	c.commands = newCommands(c)
 	first := make(chan struct{})
 	var firstOnce sync.Once
 	arrived := func(nc *nats.Conn) {

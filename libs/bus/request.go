@@ -14,10 +14,8 @@ import (
 )
 
 const (
-	beatHandlers    = 256 // at once
-	queryHandlers   = 64  // at once, for each endpoint
-	commandsPending = 256 // of one worker, before further ones are dropped
-	commandBytes    = 16 << 20
+	beatHandlers  = 256 // at once
+	queryHandlers = 64  // at once, for each endpoint
 
 	serviceName    = "cmdexec"
 	serviceVersion = "1.0.0"
@@ -66,10 +64,15 @@ func (s *server) Unsubscribe() error {
 	err := s.stop()
 	s.cancel()
 	s.running.Wait()
-	if errors.Is(err, nats.ErrConnectionClosed) || errors.Is(err, nats.ErrBadSubscription) || errors.Is(err, nats.ErrConnectionDraining) {
+	if ended(err) {
 		return nil
 	}
 	return err
+}
+
+// ended reports whether a subscription could not be ended because it had been.
+func ended(err error) bool {
+	return errors.Is(err, nats.ErrConnectionClosed) || errors.Is(err, nats.ErrBadSubscription) || errors.Is(err, nats.ErrConnectionDraining)
 }
 
 // ask sends a request and decodes the reply.
@@ -146,7 +149,7 @@ func (c *Conn) ServeBeats(handle func(context.Context, busmsg.BeatRequest) (busm
 
 // settled makes sure that the server knows a new subscription, so that requests
 // which are sent after it returns are not answered by "no responder".
-func (c *Conn) settled(s *server) (Subscription, error) {
+func (c *Conn) settled(s Subscription) (Subscription, error) {
 	if c.nc.Status() != nats.CONNECTED {
 		return s, nil // the client subscribes when it reconnects
 	}
@@ -165,61 +168,6 @@ func (c *Conn) respond(msg *nats.Msg, reply any) {
 	if err != nil && !errors.Is(err, nats.ErrMsgNoReply) {
 		c.log.Warn("reply was not sent", "subject", msg.Subject, "err", err)
 	}
-}
-
-// SendCommand reaches the edge that holds a worker's session. ErrNoResponder,
-// ErrUnavailable and ErrTooLarge are definitive: not delivered. After any other
-// error it may have been. It waits for ctx, and at most five seconds.
-func (c *Conn) SendCommand(ctx context.Context, workerID string, cmd busmsg.WorkerCommand) (busmsg.WorkerCommandReply, error) {
-	subject, err := commandSubject(workerID)
-	if err != nil {
-		return busmsg.WorkerCommandReply{}, fmt.Errorf("command: %w", errors.Join(ErrNoResponder, err))
-	}
-	reply, _, err := ask[busmsg.WorkerCommandReply](ctx, c, subject, cmd)
-	if err != nil {
-		return reply, fmt.Errorf("command: %w", err)
-	}
-	return reply, nil
-}
-
-// ServeCommands answers the commands of one worker, one after the other in the
-// order of their sending, until Unsubscribe. handle must not block for long. Where
-// two edges serve one worker both get its commands, and the first reply counts.
-func (c *Conn) ServeCommands(workerID string, handle func(context.Context, busmsg.WorkerCommand) busmsg.WorkerCommandReply) (Subscription, error) {
-	subject, err := commandSubject(workerID)
-	if err != nil {
-		return nil, fmt.Errorf("serve commands: %w", err)
-	}
-	s := c.newServer()
-	sub, err := c.nc.Subscribe(subject, func(msg *nats.Msg) {
-		if !s.enter() {
-			return
-		}
-		defer s.leave()
-		var reply busmsg.WorkerCommandReply
-		err := c.guarded("commands", func() error {
-			var cmd busmsg.WorkerCommand
-			if err := json.Unmarshal(msg.Data, &cmd); err != nil {
-				return fmt.Errorf("%w: command: %w", ErrMalformed, err)
-			}
-			reply = handle(s.ctx, cmd)
-			return nil
-		})
-		if err != nil {
-			c.log.Warn("command was not answered", "worker", workerID, "err", err)
-			return
-		}
-		c.respond(msg, reply)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("serve commands: %w", err)
-	}
-	s.stop = sub.Unsubscribe
-	if err := sub.SetPendingLimits(commandsPending, commandBytes); err != nil {
-		_ = s.Unsubscribe()
-		return nil, fmt.Errorf("serve commands: %w", err)
-	}
-	return c.settled(s)
 }
 
 // Query asks an endpoint. ErrNoResponder: nobody serves it. The other side's

@@ -3,6 +3,7 @@ package bus_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/cmdexec/cmdexec/libs/bus"
 	"github.com/cmdexec/cmdexec/libs/core/busmsg"
 	"github.com/cmdexec/cmdexec/libs/core/job"
+	"github.com/cmdexec/cmdexec/libs/core/workerproto"
 )
 
 func TestCommands(t *testing.T) {
@@ -74,6 +76,60 @@ func TestCommands(t *testing.T) {
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	require.NoError(t, sub.Unsubscribe())
 	require.Equal(t, uint64(1), c.Stats().Panics)
+}
+
+// Workers of one connection share what takes their commands: each still gets its
+// own, in the order of their sending, and the end of one is not that of another.
+func TestCommandsOfManyWorkers(t *testing.T) {
+	c := start(t)
+	ctx := testContext(t)
+	const workers, each = 50, 20
+	var mu sync.Mutex
+	got := map[string][]string{} // lease ids of assignments, by worker
+	subs := make([]bus.Subscription, workers)
+	name := func(i int) string { return fmt.Sprintf("worker-%d", i) }
+	for i := range subs {
+		var err error
+		subs[i], err = c.ServeCommands(name(i), func(_ context.Context, cmd busmsg.WorkerCommand) busmsg.WorkerCommandReply {
+			mu.Lock()
+			defer mu.Unlock()
+			got[name(i)] = append(got[name(i)], cmd.Cancel[0].LeaseID)
+			return busmsg.WorkerCommandReply{SessionID: name(i)}
+		})
+		require.NoError(t, err)
+	}
+	var all sync.WaitGroup
+	for i := range workers {
+		all.Go(func() {
+			for n := range each {
+				reply, err := c.SendCommand(ctx, name(i), busmsg.WorkerCommand{Cancel: []workerproto.Lease{{LeaseID: fmt.Sprint(n)}}})
+				if err != nil || reply.SessionID != name(i) {
+					t.Errorf("command of %s: %v, answered by %q", name(i), err, reply.SessionID)
+				}
+			}
+		})
+	}
+	all.Wait()
+	for i := range workers {
+		want := make([]string, each)
+		for n := range want {
+			want[n] = fmt.Sprint(n)
+		}
+		require.Equal(t, want, got[name(i)])
+	}
+	for i := range workers {
+		if i%2 == 0 {
+			require.NoError(t, subs[i].Unsubscribe())
+		}
+	}
+	for i := range workers {
+		_, err := c.SendCommand(ctx, name(i), busmsg.WorkerCommand{Cancel: []workerproto.Lease{{LeaseID: "last"}}})
+		if i%2 == 0 {
+			require.ErrorIs(t, err, bus.ErrNoResponder)
+		} else {
+			require.NoError(t, err)
+		}
+	}
 }
 
 func TestBeats(t *testing.T) {

@@ -8,8 +8,10 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -22,19 +24,34 @@ type plan struct {
 	jobs    int
 	clients int
 	idle    int
+	forms   []string
+
+	fleet, busy int // workers of the row fleet, and how many of them have an attempt
+	backlog     int // jobs of the row queue
 }
 
 // warm is how many jobs go before what is measured.
 const warm = 200
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == fleetWord {
+		if err := runFleet(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "load: fleet:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	var p plan
 	flag.IntVar(&p.jobs, "jobs", 2000, "jobs of the throughput run")
 	flag.IntVar(&p.clients, "clients", 16, "clients that submit at the same time")
 	flag.IntVar(&p.idle, "idle", 100, "jobs of each latency run, one after the other")
 	flag.IntVar(&p.slots, "slots", 16, "slots of the worker")
 	flag.StringVar(&p.bin, "bin", os.Getenv("CMDEXEC_BIN_DIR"), "folder of the built binaries")
-	forms := flag.String("forms", "up,split", "up: all in one process; split: nats-server, each service and a worker, each its own process")
+	flag.IntVar(&p.fleet, "fleet", 10_000, "workers of the row fleet")
+	flag.IntVar(&p.busy, "busy", 200, "of them that have a running attempt")
+	flag.IntVar(&p.backlog, "backlog", 100_000, "jobs of the row queue that wait")
+	forms := flag.String("forms", "up,split", "of the row jobs. up: all in one process; split: nats-server, each service and a worker, each its own process")
+	chosen := flag.String("rows", "jobs", "what is measured: "+strings.Join(slices.Sorted(maps.Keys(rows())), ", "))
 	load := flag.Bool("promises", false, "measure what the product promises, with 100 workers, and nothing else")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -42,7 +59,8 @@ func main() {
 	if p.bin == "" {
 		p.bin = "../bin"
 	}
-	measured := func() error { return run(ctx, p, strings.Split(*forms, ",")) }
+	p.forms = strings.Split(*forms, ",")
+	measured := func() error { return run(ctx, p, strings.Split(*chosen, ",")) }
 	if *load {
 		measured = func() error { return promises(ctx, p) }
 	}
@@ -52,12 +70,37 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, p plan, forms []string) error {
+// rows are what `make bench` can measure. Each prints its own figures.
+func rows() map[string]func(context.Context, plan) error {
+	return map[string]func(context.Context, plan) error{
+		"fleet": fleetOf,
+		"jobs":  jobs,
+		"queue": queueOf,
+	}
+}
+
+func run(ctx context.Context, p plan, chosen []string) error {
+	known := rows()
+	for _, name := range chosen {
+		if known[name] == nil {
+			return fmt.Errorf("there is no row %q", name)
+		}
+	}
 	machine, err := readMachine()
 	if err != nil {
 		return err
 	}
 	fmt.Println(machine)
+	for _, name := range chosen {
+		if err := known[name](ctx, p); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// jobs measures throughput and latency of jobs that do nothing.
+func jobs(ctx context.Context, p plan) error {
 	forks, forkCPU, err := forkExecRate(ctx, p.jobs, p.clients)
 	if err != nil {
 		return err
@@ -68,7 +111,7 @@ func run(ctx context.Context, p plan, forms []string) error {
 	}
 	row("fork/exec of /bin/sh -c true", "%8.0f /s   %.2f CPU s per 1,000", forks, forkCPU)
 	row("a synced write of 1.5 KB, p50 / p99", "%8.2f / %.2f ms", ms(synced.at(50)), ms(synced.at(99)))
-	for _, form := range forms {
+	for _, form := range p.forms {
 		starter := map[string]func(context.Context, plan) (*deployment, error){"up": startUp, "split": startSplit}[form]
 		if starter == nil {
 			return fmt.Errorf("there is no form %q: up or split", form)

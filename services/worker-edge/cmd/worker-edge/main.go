@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"runtime/debug"
 
 	"github.com/cmdexec/cmdexec/libs/bus"
 	"github.com/cmdexec/cmdexec/libs/kit/config"
@@ -30,7 +31,16 @@ func (s settings) Check() error {
 	return s.Config.Check()
 }
 
-func main() { host.Main("worker-edge", "127.0.0.1:9101", os.Exit, build) }
+// gcPercent: an edge is as large as its sessions, of which nearly all are idle. With
+// the default as much again would be garbage before it is collected.
+const gcPercent, defaultGCPercent = 25, 100
+
+func main() {
+	if set := debug.SetGCPercent(gcPercent); set != defaultGCPercent {
+		debug.SetGCPercent(set) // GOGC says otherwise
+	}
+	host.Main("worker-edge", "127.0.0.1:9101", os.Exit, build)
+}
 
 func build(ctx context.Context, cfg settings, env *host.Env) (host.Service, error) {
 	shared, err := limiter(cfg.RedisURL, env)

@@ -94,8 +94,8 @@ func (r *report) ready() bool {
 	}
 }
 
-func (b *beater) hello(r *report, w fleet.Worker, holding []workerproto.Lease) {
-	b.update(r, true, func(r *report) { r.hello, r.holding = &w, holding })
+func (b *beater) hello(r *report, w *fleet.Worker, holding []workerproto.Lease) {
+	b.update(r, true, func(r *report) { r.hello, r.holding = w, holding })
 }
 
 func (b *beater) heartbeat(r *report, h workerproto.Heartbeat) {

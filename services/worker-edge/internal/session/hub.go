@@ -185,7 +185,7 @@ func (h *Hub) Start(claims auth.WorkerClaims, hello *workerproto.Register, trans
 
 	h.o.Metrics.Sessions.Inc()
 	s.watchToken(now)
-	go s.start(older)
+	go s.start(older, &w, hello.Running)
 	return s, nil
 }
 

@@ -39,10 +39,8 @@ type Session struct {
 	hub      *Hub
 	id       string
 	workerID string
-	worker   fleet.Worker
 	peer     Peer
 	report   report
-	holding  []workerproto.Lease // of the hello; start's own
 
 	ctx     context.Context // ends when the session closes
 	cancel  context.CancelFunc
@@ -69,7 +67,7 @@ type Session struct {
 
 func newSession(h *Hub, w fleet.Worker, hello *workerproto.Register, claims auth.WorkerClaims, p Peer) *Session {
 	s := &Session{
-		hub: h, id: w.SessionID, workerID: w.ID, worker: w, peer: p,
+		hub: h, id: w.SessionID, workerID: w.ID, peer: p,
 		started: make(chan struct{}), ended: make(chan struct{}), room: make(chan struct{}, 1),
 		expires: claims.ExpiresAt, life: auth.MaxLifetime,
 	}
@@ -80,7 +78,6 @@ func newSession(h *Hub, w fleet.Worker, hello *workerproto.Register, claims auth
 	}
 	now := time.Now()
 	for i := range hello.Running {
-		s.holding = append(s.holding, hello.Running[i].Lease)
 		s.addLease(hello.Running[i].Lease, job.MaxLogBytes, unknownSeq, false, now)
 	}
 	return s
@@ -98,14 +95,15 @@ func (s *Session) Context() context.Context { return s.ctx }
 // Ended is closed when the session has been cleaned up.
 func (s *Session) Ended() <-chan struct{} { return s.ended }
 
-// start brings the session to life; see the package comment.
-func (s *Session) start(older *Session) {
+// start brings the session to life; see the package comment. Who the worker is, and
+// what it held at its hello, is not kept once the leader has heard it.
+func (s *Session) start(older *Session, w *fleet.Worker, running []workerproto.RunningLease) {
 	defer close(s.started)
 	if older != nil {
 		older.replaced()
 		wait(s.ctx, older.ended, olderTimeout)
 	}
-	if !s.retry("register worker", func(ctx context.Context) error { return s.hub.o.Bus.PutWorker(ctx, s.worker) }) {
+	if !s.retry("register worker", func(ctx context.Context) error { return s.hub.o.Bus.PutWorker(ctx, *w) }) {
 		return
 	}
 	s.registered.Store(true)
@@ -115,8 +113,11 @@ func (s *Session) start(older *Session) {
 	}
 	// The whole list of the hello, also what ended meanwhile: for the scheduler a
 	// lease that is missing here has ended without a result.
-	s.hub.beater.hello(&s.report, s.worker, s.holding)
-	s.holding = nil
+	var holding []workerproto.Lease
+	for i := range running {
+		holding = append(holding, running[i].Lease)
+	}
+	s.hub.beater.hello(&s.report, w, holding)
 }
 
 // retry repeats an operation until it succeeds, or the session closes (false).
@@ -380,10 +381,10 @@ func (s *Session) answered(sent *busmsg.WorkerBeat, r *busmsg.WorkerReply) {
 	s.settle(r)
 	now := time.Now()
 	if sent.Hello != nil {
-		s.hub.o.Logger.Info("worker session open", "workerId", s.workerID, "sessionId", s.id, "executors", s.worker.Executors, "slots", s.worker.Slots)
+		s.hub.o.Logger.Info("worker session open", "workerId", s.workerID, "sessionId", s.id, "executors", sent.Hello.Executors, "slots", sent.Hello.Slots)
 		s.peer.Welcome(workerproto.Welcome{
 			HeartbeatSeconds: int(s.hub.o.Heartbeat / time.Second), LeaseSeconds: int(s.hub.o.Lease / time.Second),
-			ServerTime: now.UTC(), Protocol: s.worker.Protocol, Stale: r.Stale,
+			ServerTime: now.UTC(), Protocol: sent.Hello.Protocol, Stale: r.Stale,
 		})
 		for _, l := range r.Cancel {
 			s.peer.Send(workerproto.TypeCancel, workerproto.Cancel{Lease: l})

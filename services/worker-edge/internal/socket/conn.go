@@ -218,7 +218,7 @@ var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // message reads one message and has it taken. Its bytes are gone when take
 // returns.
-func (c *conn) message(typ websocket.MessageType, r io.Reader, take func(websocket.MessageType, []byte) error) (err error) {
+func (c *conn) message(typ websocket.MessageType, r io.Reader, take func(websocket.MessageType, []byte) error) error {
 	c.hear()
 	c.wire.earn(0)
 	buf := buffers.Get().(*bytes.Buffer)
@@ -236,14 +236,29 @@ func (c *conn) message(typ websocket.MessageType, r io.Reader, take func(websock
 	}
 	c.handling.Store(true)
 	defer func() {
+		c.hear()
+		c.handling.Store(false)
+	}()
+	return c.guarded(func() error { return take(typ, buf.Bytes()) })
+}
+
+// guarded makes a panic of f the end of the session.
+func (c *conn) guarded(f func() error) (err error) {
+	defer func() {
 		if v := recover(); v != nil {
 			c.h.o.Logger.Error("message of a worker made the edge panic", "workerId", c.claims.Subject, "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
 			err = &session.Violation{Code: int(websocket.StatusInternalError), Reason: "the edge made a mistake"}
 		}
-		c.hear()
-		c.handling.Store(false)
 	}()
-	return take(typ, buf.Bytes())
+	return f()
+}
+
+// aside runs f on a goroutine of its own and waits for it. Decoding grows a stack: a
+// reader to which nothing but heartbeats comes would keep twice what it waits in.
+func (c *conn) aside(f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- c.guarded(f) }()
+	return <-done
 }
 
 // hear notes that the worker is alive.
@@ -351,7 +366,8 @@ func (c *conn) writeAcks(acks []workerproto.Ack) {
 
 // ping closes the connection when the worker is not heard any more, else sees to
 // the next ping. Any byte from the worker counts, and so does that the edge
-// itself is not reading.
+// itself is not reading. A worker that was heard within the last interval, as by
+// each heartbeat, is not asked.
 func (c *conn) ping() {
 	c.mu.Lock() // begin has to be over
 	gone := c.sess.Context()
@@ -360,6 +376,10 @@ func (c *conn) ping() {
 		return
 	}
 	sent := int64(time.Since(c.started))
+	if next := time.Duration(c.heard.Load()-sent) + c.h.o.PingInterval; next > 0 {
+		c.pinger.Reset(next)
+		return
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), c.h.o.PongTimeout)
 	defer cancel()
 	switch {

@@ -1,6 +1,7 @@
 package socket
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"strings"
@@ -24,6 +25,17 @@ type sink interface {
 // take handles one message of an open session. The error is a
 // *session.Violation or the end of the session.
 func (c *conn) take(typ websocket.MessageType, data []byte) error {
+	if bytes.HasPrefix(data, heartbeatPrefix) {
+		return c.aside(func() error { return c.handle(typ, data) })
+	}
+	return c.handle(typ, data)
+}
+
+// heartbeatPrefix is how the heartbeats of our own workers begin. Those of others are
+// handled as well, only in place.
+var heartbeatPrefix = []byte(`{"type":"` + workerproto.TypeHeartbeat + `"`)
+
+func (c *conn) handle(typ websocket.MessageType, data []byte) error {
 	binary := typ == websocket.MessageBinary
 	t, stale, err := dispatch(c.sess, binary, data)
 	c.h.metrics.frame(t)

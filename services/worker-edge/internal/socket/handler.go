@@ -211,13 +211,14 @@ func hasToken(values []string, want string) bool {
 }
 
 // slimHijacker gives the WebSocket small buffers instead of the 4 KiB ones of
-// the HTTP server. Larger reads and writes go past them.
+// the HTTP server. What an idle worker and the edge say to each other fits; larger
+// reads and writes go past them.
 type slimHijacker struct {
 	http.ResponseWriter
 	wire *wire // set by Hijack
 }
 
-const slimBuffer = 1 << 10
+const slimBuffer = 1 << 8
 
 // Hijack implements http.Hijacker.
 func (s *slimHijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
