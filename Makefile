@@ -106,7 +106,7 @@ fuzz: ## Fuzz every target for a few seconds (FUZZ_SECONDS=3 each, FUZZ_TOTAL=30
 	@tests/tools/fuzz.sh $(MODULES)
 
 .PHONY: bench
-bench: build ## Measure throughput and latency, in one process and in many (ARGS="-forms up -jobs 2000 ...")
+bench: build ## Measure throughput and latency, in one process and in many (ARGS="-forms up -jobs 2000 -rows ...")
 	@$(STATIC) go build -o bin/ github.com/nats-io/nats-server/v2
 	@cd tests && CMDEXEC_BIN_DIR="$(CURDIR)/bin" go run ./load $(ARGS)
 

@@ -8,8 +8,10 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -22,6 +24,7 @@ type plan struct {
 	jobs    int
 	clients int
 	idle    int
+	forms   []string
 }
 
 // warm is how many jobs go before what is measured.
@@ -34,7 +37,8 @@ func main() {
 	flag.IntVar(&p.idle, "idle", 100, "jobs of each latency run, one after the other")
 	flag.IntVar(&p.slots, "slots", 16, "slots of the worker")
 	flag.StringVar(&p.bin, "bin", os.Getenv("CMDEXEC_BIN_DIR"), "folder of the built binaries")
-	forms := flag.String("forms", "up,split", "up: all in one process; split: nats-server, each service and a worker, each its own process")
+	forms := flag.String("forms", "up,split", "of the row jobs. up: all in one process; split: nats-server, each service and a worker, each its own process")
+	chosen := flag.String("rows", "jobs", "what is measured: "+strings.Join(slices.Sorted(maps.Keys(rows())), ", "))
 	load := flag.Bool("promises", false, "measure what the product promises, with 100 workers, and nothing else")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -42,7 +46,8 @@ func main() {
 	if p.bin == "" {
 		p.bin = "../bin"
 	}
-	measured := func() error { return run(ctx, p, strings.Split(*forms, ",")) }
+	p.forms = strings.Split(*forms, ",")
+	measured := func() error { return run(ctx, p, strings.Split(*chosen, ",")) }
 	if *load {
 		measured = func() error { return promises(ctx, p) }
 	}
@@ -52,12 +57,35 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, p plan, forms []string) error {
+// rows are what `make bench` can measure. Each prints its own figures.
+func rows() map[string]func(context.Context, plan) error {
+	return map[string]func(context.Context, plan) error{
+		"jobs": jobs,
+	}
+}
+
+func run(ctx context.Context, p plan, chosen []string) error {
+	known := rows()
+	for _, name := range chosen {
+		if known[name] == nil {
+			return fmt.Errorf("there is no row %q", name)
+		}
+	}
 	machine, err := readMachine()
 	if err != nil {
 		return err
 	}
 	fmt.Println(machine)
+	for _, name := range chosen {
+		if err := known[name](ctx, p); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// jobs measures throughput and latency of jobs that do nothing.
+func jobs(ctx context.Context, p plan) error {
 	forks, forkCPU, err := forkExecRate(ctx, p.jobs, p.clients)
 	if err != nil {
 		return err
@@ -68,7 +96,7 @@ func run(ctx context.Context, p plan, forms []string) error {
 	}
 	row("fork/exec of /bin/sh -c true", "%8.0f /s   %.2f CPU s per 1,000", forks, forkCPU)
 	row("a synced write of 1.5 KB, p50 / p99", "%8.2f / %.2f ms", ms(synced.at(50)), ms(synced.at(99)))
-	for _, form := range forms {
+	for _, form := range p.forms {
 		starter := map[string]func(context.Context, plan) (*deployment, error){"up": startUp, "split": startSplit}[form]
 		if starter == nil {
 			return fmt.Errorf("there is no form %q: up or split", form)
