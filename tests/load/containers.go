@@ -35,8 +35,8 @@ const (
 	containersAtOnce = 8
 	containerRounds  = 4 // of jobs and of bare containers, in turns: both see the same machine
 	coldContainers   = 40
-	containerJob     = `{"command":["/bin/true"],"image":%q,"resources":{"cpu":0.2,"memoryMb":64}}`
-	lookedAtJob      = `{"command":["/bin/sleep","60"],"image":%q,"resources":{"cpu":0.2,"memoryMb":64}}`
+	containerJob     = `{"command":["/bin/true"],"containerImage":%q,"resources":{"cpu":0.2,"memoryMb":64}}`
+	lookedAtJob      = `{"command":["/bin/sleep","60"],"containerImage":%q,"resources":{"cpu":0.2,"memoryMb":64}}`
 )
 
 // containers measures jobs in containers beside what the engine's API alone does
