@@ -115,6 +115,33 @@ load: build ## Measure what is promised, with 100 workers and 1,000 jobs over se
 	@$(STATIC) go build -o bin/ github.com/nats-io/nats-server/v2 ./tests/chaos/chaosworkers
 	@cd tests && CMDEXEC_BIN_DIR="$(CURDIR)/bin" go run ./load -promises $(ARGS)
 
+# The hot packages, one benchmark a line: package folder and pattern. The baseline
+# was measured on one machine: what counts on another is the allocations.
+BENCHMARKS := \
+	libs/core/job:. libs/core/workerproto:. libs/store/internal/blob:. libs/store/sqlitestore:. tests/bus:callers=16 \
+	services/api-gateway:Create services/scheduler/internal/plan:. services/worker-edge/internal/socket:Dispatch services/worker-edge/internal/session:. \
+	services/worker/internal/output:. services/worker/internal/spool:.
+BASELINE    := tests/load/baseline.txt
+BENCH_COUNT ?= 6
+BENCH_TIME  ?= 100ms
+BENCHED     := bin/bench.txt
+
+.PHONY: bench-hot
+bench-hot: # Benchmarks of the hot packages into $(BENCHED).
+	@mkdir -p bin; : >$(BENCHED)
+	@for b in $(BENCHMARKS); do \
+		echo "go test -bench $${b#*:} ./$${b%:*}"; \
+		$(STATIC) go test -vet=off -run '^$$' -bench "$${b#*:}" -benchmem -benchtime $(BENCH_TIME) -count $(BENCH_COUNT) "./$${b%:*}" >>$(BENCHED) || { cat $(BENCHED); exit 1; }; \
+	done
+
+.PHONY: bench-compare
+bench-compare: bin/tools/benchstat bench-hot ## Compare the benchmarks of the hot packages with tests/load/baseline.txt (BENCH_COUNT=6 BENCH_TIME=100ms)
+	@bin/tools/benchstat $(BASELINE) $(BENCHED)
+
+.PHONY: bench-baseline
+bench-baseline: bench-hot ## Measure that baseline anew
+	@cp $(BENCHED) $(BASELINE)
+
 # The seed decides jobs, faults, victims and times; a run that breaks a promise
 # keeps its folder and says how to replay it. SUITE=cluster has three NATS servers,
 # SUITE=disk (root) a file system of its own that is filled and cut off.
@@ -164,11 +191,16 @@ mod-sync: ## Bring every go.mod in step with its imports and tidy it (ONLY=libs/
 mod-check:
 	@$(MODSYNC) -check
 
-# The linters are pinned by tests/tools/tools.mod, apart from every module, so
+# The tools are pinned by tests/tools/tools.mod, apart from every module, so
 # that nobody who builds Command Executor downloads them.
 bin/tools/staticcheck: tests/tools/tools.mod
 	@mkdir -p bin/tools
 	cd tests && GOWORK=off $(STATIC) go build -modfile=tools/tools.mod -o ../$@ honnef.co/go/tools/cmd/staticcheck
+	@touch $@
+
+bin/tools/benchstat: tests/tools/tools.mod
+	@mkdir -p bin/tools
+	cd tests && GOWORK=off $(STATIC) go build -modfile=tools/tools.mod -o ../$@ golang.org/x/perf/cmd/benchstat
 	@touch $@
 
 bin/tools/gofumpt: tests/tools/tools.mod

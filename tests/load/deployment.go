@@ -70,7 +70,7 @@ func startUp(ctx context.Context, p plan) (*deployment, error) {
 		}
 		d.url = "http://" + addr
 		err = d.add(ctx, []string{"XDG_CONFIG_HOME=" + filepath.Join(d.dir, "config")}, filepath.Join(p.bin, "cmdexec"), "up", "--listen", addr,
-			"--data-dir", filepath.Join(d.dir, "data"), "--executor", "process", "--slots", strconv.Itoa(p.slots))
+			"--data-dir", filepath.Join(d.dir, "data"), "--executor", p.executor, "--slots", strconv.Itoa(p.slots))
 		if err != nil {
 			return err
 		}
@@ -117,7 +117,7 @@ func startSplit(ctx context.Context, p plan) (*deployment, error) {
 
 // addWorker starts a worker with a folder of its own.
 func (d *deployment) addWorker(ctx context.Context, p plan, name string, env ...string) error {
-	own := append(slices.Clone(d.env), "SERVER_URL=http://"+d.edge, "DATA_DIR="+filepath.Join(d.dir, name), "EXECUTORS=process")
+	own := append(slices.Clone(d.env), "SERVER_URL=http://"+d.edge, "DATA_DIR="+filepath.Join(d.dir, name), "EXECUTORS="+p.executor)
 	return d.add(ctx, append(own, env...), filepath.Join(p.bin, "worker"))
 }
 
@@ -143,7 +143,13 @@ func startServices(ctx context.Context, p plan) (*deployment, error) {
 			"NATS_URL=nats://" + addrs[0], "NATS_MONITOR_URL=http://" + addrs[1], "SQLITE_PATH=" + filepath.Join(d.dir, "jobs.db"), "JWT_SECRET=" + userSecret,
 			"WORKER_TOKEN_SECRET=" + workerSecret, "RATE_LIMIT_USER=off", "RATE_LIMIT_IP=off", "RATE_LIMIT_WORKER=off", "ADMIN_ADDR=off",
 		}
+		env = append(env, p.env...)
 		d.edge, d.env = addrs[3], env
+		if p.fill != nil {
+			if err := p.fill(ctx, filepath.Join(d.dir, "jobs.db")); err != nil {
+				return err
+			}
+		}
 		apply := exec.CommandContext(ctx, filepath.Join(p.bin, "cmdexec"), "bus", "apply")
 		apply.Env = append(os.Environ(), env...)
 		if out, err := apply.CombinedOutput(); err != nil {

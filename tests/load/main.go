@@ -28,6 +28,15 @@ type plan struct {
 
 	fleet, busy int // workers of the row fleet, and how many of them have an attempt
 	backlog     int // jobs of the row queue
+
+	// Of single rows.
+	output     outputLoad
+	history    historyLoad
+	containers containerLoad
+	growth     growthLoad
+	executor   string   // of the worker
+	env        []string // of all services, beside what each needs
+	fill       func(ctx context.Context, database string) error
 }
 
 // warm is how many jobs go before what is measured.
@@ -52,6 +61,10 @@ func main() {
 	flag.IntVar(&p.backlog, "backlog", 100_000, "jobs of the row queue that wait")
 	forms := flag.String("forms", "up,split", "of the row jobs. up: all in one process; split: nats-server, each service and a worker, each its own process")
 	chosen := flag.String("rows", "jobs", "what is measured: "+strings.Join(slices.Sorted(maps.Keys(rows())), ", "))
+	p.output.flags()
+	p.history.flags()
+	p.containers.flags()
+	p.growth.flags()
 	load := flag.Bool("promises", false, "measure what the product promises, with 100 workers, and nothing else")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -60,6 +73,7 @@ func main() {
 		p.bin = "../bin"
 	}
 	p.forms = strings.Split(*forms, ",")
+	p.executor = "process"
 	measured := func() error { return run(ctx, p, strings.Split(*chosen, ",")) }
 	if *load {
 		measured = func() error { return promises(ctx, p) }
@@ -73,9 +87,14 @@ func main() {
 // rows are what `make bench` can measure. Each prints its own figures.
 func rows() map[string]func(context.Context, plan) error {
 	return map[string]func(context.Context, plan) error{
-		"fleet": fleetOf,
-		"jobs":  jobs,
-		"queue": queueOf,
+		"containers": containers,
+		"fleet":      fleetOf,
+		"followers":  followers,
+		"growth":     growth,
+		"history":    history,
+		"jobs":       jobs,
+		"output":     output,
+		"queue":      queueOf,
 	}
 }
 
@@ -112,15 +131,26 @@ func jobs(ctx context.Context, p plan) error {
 	row("fork/exec of /bin/sh -c true", "%8.0f /s   %.2f CPU s per 1,000", forks, forkCPU)
 	row("a synced write of 1.5 KB, p50 / p99", "%8.2f / %.2f ms", ms(synced.at(50)), ms(synced.at(99)))
 	for _, form := range p.forms {
-		starter := map[string]func(context.Context, plan) (*deployment, error){"up": startUp, "split": startSplit}[form]
-		if starter == nil {
-			return fmt.Errorf("there is no form %q: up or split", form)
+		start, err := starter(form)
+		if err != nil {
+			return err
 		}
-		if err := measure(ctx, p, form, starter, forks); err != nil {
+		if err := measure(ctx, p, form, start, forks); err != nil {
 			return fmt.Errorf("%s: %w", form, err)
 		}
 	}
 	return nil
+}
+
+// starter starts a form of the product.
+func starter(form string) (func(context.Context, plan) (*deployment, error), error) {
+	switch form {
+	case "up":
+		return startUp, nil
+	case "split":
+		return startSplit, nil
+	}
+	return nil, fmt.Errorf("there is no form %q: up or split", form)
 }
 
 func measure(ctx context.Context, p plan, form string, start func(context.Context, plan) (*deployment, error), forks float64) error {

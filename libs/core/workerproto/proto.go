@@ -21,6 +21,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/cmdexec/cmdexec/libs/core/job"
@@ -414,10 +415,13 @@ var ErrFrame = errors.New("malformed frame")
 
 // Encode writes a text frame: the body's JSON object with its type in front.
 func Encode(t Type, body any) ([]byte, error) {
-	data, err := json.Marshal(body)
-	if err != nil {
+	e := encoders.Get().(*encoder)
+	defer e.done()
+	if err := e.Encode(body); err != nil {
 		return nil, fmt.Errorf("encode %s frame: %w", t, err)
 	}
+	data := e.buf.Bytes()
+	data = data[:len(data)-1] // the line's end
 	if len(data) < 2 || data[0] != '{' {
 		return nil, fmt.Errorf("encode %s frame: the body must be an object", t)
 	}
@@ -431,11 +435,38 @@ func Encode(t Type, body any) ([]byte, error) {
 	return append(out, data[1:]...), nil
 }
 
+// encoder is a JSON encoder that writes what json.Marshal would and a line's end,
+// into memory that is used again: a worker's every heartbeat and its answer is a
+// frame.
+type encoder struct {
+	*json.Encoder
+	buf bytes.Buffer
+}
+
+var encoders = sync.Pool{New: func() any {
+	e := &encoder{}
+	e.Encoder = json.NewEncoder(&e.buf)
+	return e
+}}
+
+// keptBuffer is how large a buffer may be that is kept.
+const keptBuffer = 16 << 10
+
+func (e *encoder) done() {
+	if e.buf.Cap() <= keptBuffer {
+		e.buf.Reset()
+		encoders.Put(e)
+	}
+}
+
 // TypeOf reads the type of a text frame.
 func TypeOf(frame []byte) (Type, error) {
 	// Frames of this package begin with their type, which saves a pass over the body.
 	if rest, ok := bytes.CutPrefix(frame, []byte(`{"type":"`)); ok {
 		if i := bytes.IndexByte(rest, '"'); i > 0 && plain(rest[:i]) {
+			if string(rest[:i]) == string(TypeHeartbeat) { // by far the most
+				return TypeHeartbeat, nil
+			}
 			return Type(rest[:i]), nil
 		}
 	}

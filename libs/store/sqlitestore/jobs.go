@@ -33,6 +33,8 @@ const (
 	// A record that was refused as stale brings no labels either.
 	addLabelSQL = `INSERT INTO labels (key, value, created_at, id)
 SELECT ?1, ?2, ?3, ?4 WHERE EXISTS (SELECT 1 FROM jobs WHERE id = ?4 AND created_at = ?3) ON CONFLICT DO NOTHING`
+	addOwnLabelSQL = `INSERT INTO owner_labels (key, value, created_at, id, owner)
+SELECT ?1, ?2, created_at, id, owner FROM jobs WHERE id = ?4 AND created_at = ?3 ON CONFLICT DO NOTHING`
 )
 
 // row is an encoded record.
@@ -183,8 +185,10 @@ func (s *Store) replaceOlder(ctx context.Context, tx *sql.Tx, rows []row) error 
 func (s *Store) addLabels(ctx context.Context, tx *sql.Tx, recs map[string]*job.Record) error {
 	for _, r := range recs {
 		for k, v := range r.Spec.Labels {
-			if _, err := tx.StmtContext(ctx, s.addLabel).ExecContext(ctx, k, v, r.CreatedAt.UnixMilli(), r.ID); err != nil && !poisonous(err) {
-				return err
+			for _, add := range [...]*sql.Stmt{s.addLabel, s.addOwnLabel} {
+				if _, err := tx.StmtContext(ctx, add).ExecContext(ctx, k, v, r.CreatedAt.UnixMilli(), r.ID); err != nil && !poisonous(err) {
+					return err
+				}
 			}
 		}
 	}
@@ -199,6 +203,10 @@ func (s *Store) deleteJob(ctx context.Context, tx *sql.Tx, id string, summary []
 		for k, v := range r.Spec.Labels {
 			if _, err := tx.ExecContext(ctx, "DELETE FROM labels WHERE key = ? AND value = ? AND created_at = ? AND id = ?",
 				k, v, r.CreatedAt.UnixMilli(), id); err != nil {
+				return err
+			}
+			if _, err := tx.ExecContext(ctx, "DELETE FROM owner_labels WHERE owner = ? AND key = ? AND value = ? AND created_at = ? AND id = ?",
+				r.Owner, k, v, r.CreatedAt.UnixMilli(), id); err != nil {
 				return err
 			}
 		}

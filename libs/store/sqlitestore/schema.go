@@ -77,6 +77,20 @@ ALTER TABLE log_attempts ADD COLUMN want_sha256 TEXT;
 ALTER TABLE log_attempts ADD COLUMN noted_at    INTEGER;
 ALTER TABLE log_attempts ADD COLUMN verdict     TEXT;    -- NULL: not compared with what is stored now
 CREATE INDEX log_attempts_unchecked ON log_attempts (stored_at) WHERE want_chunks IS NOT NULL AND verdict IS NULL;
+`, `
+CREATE INDEX jobs_owner_queue ON jobs (owner, queue, created_at, id) WHERE queue <> 'default';
+
+-- The labels of each owner's jobs: who has few jobs must not read past everybody's.
+CREATE TABLE owner_labels (
+	owner      TEXT    NOT NULL,
+	key        TEXT    NOT NULL,
+	value      TEXT    NOT NULL,
+	created_at INTEGER NOT NULL,
+	id         TEXT    NOT NULL,
+	PRIMARY KEY (owner, key, value, created_at, id)
+) WITHOUT ROWID;
+INSERT INTO owner_labels SELECT j.owner, l.key, l.value, l.created_at, l.id
+FROM labels l JOIN jobs j ON j.id = l.id AND j.created_at = l.created_at;
 `}
 
 // migrate brings the schema up to date in one transaction.

@@ -39,7 +39,8 @@ type Store struct {
 	codec blob.Codec
 
 	upsertMany, upsertOne       *sql.Stmt
-	replaced, addLabel          *sql.Stmt
+	replaced                    *sql.Stmt
+	addLabel, addOwnLabel       *sql.Stmt
 	addChunk, countChunks       *sql.Stmt
 	getJob, getSummary, getLogs *sql.Stmt
 }
@@ -163,6 +164,7 @@ func (s *Store) prepare(ctx context.Context) error {
 		{&s.upsertOne, s.write, upsertSQL(1)},
 		{&s.replaced, s.write, replacedSQL},
 		{&s.addLabel, s.write, addLabelSQL},
+		{&s.addOwnLabel, s.write, addOwnLabelSQL},
 		{&s.addChunk, s.write, addChunkSQL},
 		{&s.countChunks, s.write, countChunksSQL},
 		{&s.getJob, s.read, "SELECT summary, rest FROM jobs WHERE id = ?"},

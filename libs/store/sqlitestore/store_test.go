@@ -2,9 +2,11 @@ package sqlitestore
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -156,12 +158,14 @@ func TestListPlans(t *testing.T) {
 		index string
 		sorts int // of parts that are limited, for the merge
 	}{
-		"all":    {busmsg.ListJobs{}, "jobs_state (state=?", len(job.States())},
-		"owner":  {busmsg.ListJobs{Owner: "a"}, "jobs_owner (owner=? AND state=?", len(job.States())},
-		"states": {busmsg.ListJobs{States: []job.State{job.Failed, job.Queued}, Owner: "a"}, "jobs_owner (owner=? AND state=?", 2},
-		"state":  {busmsg.ListJobs{States: []job.State{job.Failed}}, "jobs_state (state=?", 1},
-		"queue":  {busmsg.ListJobs{Queue: "night"}, "jobs_queue (queue=?", 0},
-		"label":  {busmsg.ListJobs{Labels: map[string]string{"a": "b", "c": "d"}, Owner: "a"}, "PRIMARY KEY (key=? AND value=?", 0},
+		"all":       {busmsg.ListJobs{}, "jobs_state (state=?", len(job.States())},
+		"owner":     {busmsg.ListJobs{Owner: "a"}, "jobs_owner (owner=? AND state=?", len(job.States())},
+		"states":    {busmsg.ListJobs{States: []job.State{job.Failed, job.Queued}, Owner: "a"}, "jobs_owner (owner=? AND state=?", 2},
+		"state":     {busmsg.ListJobs{States: []job.State{job.Failed}}, "jobs_state (state=?", 1},
+		"queue":     {busmsg.ListJobs{Queue: "night"}, "jobs_queue (queue=?", 0},
+		"label":     {busmsg.ListJobs{Labels: map[string]string{"a": "b", "c": "d"}}, "PRIMARY KEY (key=? AND value=?", 0},
+		"own label": {busmsg.ListJobs{Labels: map[string]string{"a": "b", "c": "d"}, Owner: "a"}, "PRIMARY KEY (owner=? AND key=? AND value=?", 0},
+		"own queue": {busmsg.ListJobs{Queue: "night", Owner: "a"}, "jobs_owner_queue (owner=? AND queue=?", 0},
 	} {
 		for _, paged := range []bool{false, true} {
 			want := c.index
@@ -169,7 +173,11 @@ func TestListPlans(t *testing.T) {
 				c.q.BeforeAt, c.q.BeforeID = time.Now(), "job-x"
 				want += " AND (created_at,id)<(?,?)"
 			}
-			query, args := pageQuery(c.q, 50)
+			by := lead{}
+			if len(c.q.Labels) > 0 {
+				by.label = "a"
+			}
+			query, args := pageQuery(c.q, by, 50)
 			p := plan(t, s, query, args)
 			require.Contains(t, p, want, name)
 			require.NotContains(t, p, "SCAN jobs", name)
@@ -185,6 +193,97 @@ func TestListPlans(t *testing.T) {
 		require.NotContains(t, plan(t, s, part, []any{"a", "b"}[:strings.Count(part, "?")]), "TEMP B-TREE")
 	}
 	require.Contains(t, plan(t, s, getLogsSQL, []any{"j", 1, 0, "", 10}), "(job_id=? AND attempt=? AND seq>?)")
+}
+
+// TestListIsTheSameAlongEveryIndex: what a list with labels is read along decides
+// how long it takes and nothing else.
+func TestListIsTheSameAlongEveryIndex(t *testing.T) {
+	s := openNew(t)
+	recs := finished(t, 60)
+	for i := range recs {
+		recs[i].Spec.Labels = map[string]string{"three": fmt.Sprint(i % 3), "four": fmt.Sprint(i % 4)}
+		if i%5 == 0 {
+			recs[i].Owner = "other"
+		}
+		if i%2 == 0 {
+			recs[i] = job.New(recs[i].ID, recs[i].Owner, recs[i].Spec, recs[i].CreatedAt)
+		}
+	}
+	_, err := s.UpsertJobs(t.Context(), recs)
+	require.NoError(t, err)
+	for _, owner := range []string{"", "local", "other", "nobody"} {
+		for _, states := range [][]job.State{nil, {job.Queued}, {job.Queued, job.Succeeded}} {
+			q := busmsg.ListJobs{Owner: owner, States: states, Labels: map[string]string{"three": "1", "four": "2"}, BeforeAt: recs[50].CreatedAt}
+			want := []string{}
+			for i := 49; i >= 0; i-- {
+				if i%12 == 10 && (owner == "" || recs[i].Owner == owner) && (states == nil || slices.Contains(states, recs[i].State)) {
+					want = append(want, recs[i].ID)
+				}
+			}
+			for _, by := range []lead{{"three"}, {"four"}, {}} {
+				query, args := pageQuery(q, by, 50)
+				got := []string{}
+				require.NoError(t, s.each(t.Context(), "list", query, args, func(rows *sql.Rows) error {
+					var rowid, at int64
+					var jobID string
+					err := rows.Scan(&rowid, &at, &jobID)
+					got = append(got, jobID)
+					return err
+				}))
+				require.Equal(t, want, got, "%+v along %+v", q, by)
+			}
+		}
+	}
+}
+
+// TestShortest: a list with labels is read along what has the fewest entries.
+func TestShortest(t *testing.T) {
+	s := openNew(t)
+	recs := finished(t, 40)
+	for i := range recs {
+		recs[i].Spec.Labels = map[string]string{"all": "x", "few": fmt.Sprint(i % 10)}
+		if i == 0 {
+			recs[i] = job.New(recs[i].ID, recs[i].Owner, recs[i].Spec, recs[i].CreatedAt)
+		}
+	}
+	_, err := s.UpsertJobs(t.Context(), recs)
+	require.NoError(t, err)
+	tx, err := s.read.BeginTx(t.Context(), nil)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, tx.Rollback()) }()
+	labels := map[string]string{"all": "x", "few": "0"}
+	for _, owner := range []string{"", "local"} {
+		got, err := shortest(t.Context(), tx, busmsg.ListJobs{Owner: owner, Labels: labels})
+		require.NoError(t, err)
+		require.Equal(t, lead{"few"}, got)
+		got, err = shortest(t.Context(), tx, busmsg.ListJobs{Owner: owner, Labels: labels, States: []job.State{job.Queued}})
+		require.NoError(t, err)
+		require.Equal(t, lead{}, got, "one job is queued")
+		got, err = shortest(t.Context(), tx, busmsg.ListJobs{Owner: owner, Labels: labels, States: []job.State{job.Succeeded}})
+		require.NoError(t, err)
+		require.Equal(t, lead{"few"}, got)
+	}
+}
+
+// TestLabelsOfAnOlderSchemaAreFoundByOwner: a database of version 2 has no labels
+// by owner until it is opened.
+func TestLabelsOfAnOlderSchemaAreFoundByOwner(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "jobs.db")
+	s, err := Open(t.Context(), path)
+	require.NoError(t, err)
+	recs := finished(t, 3)
+	recs[1].Spec.Labels = map[string]string{"team": "a"}
+	_, err = s.UpsertJobs(t.Context(), recs)
+	require.NoError(t, err)
+	_, err = s.write.Exec("DROP TABLE owner_labels; DROP INDEX jobs_owner_queue; PRAGMA user_version = 2")
+	require.NoError(t, err)
+	require.NoError(t, s.Close())
+
+	s = openAt(t, path)
+	items, _, err := s.ListJobs(t.Context(), busmsg.ListJobs{Owner: recs[1].Owner, Labels: map[string]string{"team": "a"}})
+	require.NoError(t, err)
+	require.Len(t, items, 1)
+	require.Equal(t, recs[1].ID, items[0].ID)
 }
 
 func TestDiskPerFinishedJob(t *testing.T) {

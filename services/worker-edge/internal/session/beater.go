@@ -41,6 +41,11 @@ type beater struct {
 	urgent    bool
 	lastSent  time.Time
 	notBefore time.Time // set while the leader does not answer
+
+	// Of flush, which runs once at a time: used again, since it has every heartbeat.
+	batch   []outgoing
+	workers []busmsg.WorkerBeat
+	answers map[string]*busmsg.WorkerReply
 }
 
 // report is what one session has to say. Guarded by beater.mu.
@@ -59,7 +64,9 @@ type report struct {
 }
 
 func newBeater(edgeID string, b Bus, log *slog.Logger, m *Metrics) *beater {
-	return &beater{edgeID: edgeID, request: b.RequestBeat, log: log, metrics: m, wake: make(chan struct{}, 1)}
+	return &beater{
+		edgeID: edgeID, request: b.RequestBeat, log: log, metrics: m, wake: make(chan struct{}, 1), answers: map[string]*busmsg.WorkerReply{},
+	}
 }
 
 func (b *beater) update(r *report, urgent bool, change func(*report)) {
@@ -67,6 +74,10 @@ func (b *beater) update(r *report, urgent bool, change func(*report)) {
 	change(r)
 	b.enqueue(r, urgent)
 	b.mu.Unlock()
+	b.tell()
+}
+
+func (b *beater) tell() {
 	select {
 	case b.wake <- struct{}{}:
 	default:
@@ -100,9 +111,10 @@ func (b *beater) hello(r *report, w *fleet.Worker, holding []workerproto.Lease) 
 
 func (b *beater) heartbeat(r *report, h workerproto.Heartbeat) {
 	b.mu.Lock()
-	first := !r.beaten
+	r.beat = &h
+	b.enqueue(r, !r.beaten)
 	b.mu.Unlock()
-	b.update(r, first, func(r *report) { r.beat = &h })
+	b.tell()
 }
 
 // progress keeps each step of a lease once; when a worker reports more than is
@@ -202,10 +214,17 @@ func (b *beater) flush(ctx context.Context, backoff *lifecycle.Backoff) bool {
 	if len(batch) == 0 {
 		return true
 	}
-	req := busmsg.BeatRequest{EdgeID: b.edgeID, Workers: make([]busmsg.WorkerBeat, len(batch))}
+	req := busmsg.BeatRequest{EdgeID: b.edgeID, Workers: b.workers[:0]}
 	for i := range batch {
-		req.Workers[i] = batch[i].beat
+		req.Workers = append(req.Workers, batch[i].beat)
 	}
+	answers := b.answers
+	defer func() { // what is kept is room, not what was in it
+		clear(batch)
+		clear(req.Workers)
+		clear(answers)
+		b.batch, b.workers = batch[:0], req.Workers[:0]
+	}()
 	bounded, cancel := context.WithTimeout(ctx, beatTimeout)
 	reply, err := b.request(bounded, req)
 	cancel()
@@ -219,7 +238,6 @@ func (b *beater) flush(ctx context.Context, backoff *lifecycle.Backoff) bool {
 	backoff.Reset()
 	b.metrics.Beats.WithLabelValues("answered").Inc()
 
-	answers := make(map[string]*busmsg.WorkerReply, len(reply.Workers))
 	for i := range reply.Workers {
 		answers[reply.Workers[i].WorkerID] = &reply.Workers[i]
 	}
@@ -253,12 +271,13 @@ func (b *beater) greet(r *report) {
 	b.update(r, true, func(r *report) { r.greeted, r.hello, r.holding = true, nil, nil })
 }
 
-// collect takes what may be sent, up to the size of one request.
+// collect takes what may be sent, up to the size of one request. It uses the room
+// of the batch before.
 func (b *beater) collect(now time.Time) []outgoing {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.lastSent, b.urgent = now, false
-	var batch []outgoing
+	batch := b.batch[:0]
 	var again []*report // have said a part
 	size := 0
 	for i, r := range b.dirty {

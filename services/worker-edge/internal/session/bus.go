@@ -21,7 +21,8 @@ type Bus interface {
 	// registration now and each change.
 	WatchWorkers(ctx context.Context, handle func(fleet.Worker)) error
 
-	// RequestBeat asks the leading scheduler. It fails when nobody leads.
+	// RequestBeat asks the leading scheduler. It fails when nobody leads. The
+	// request's Workers are the caller's again when it returns.
 	RequestBeat(ctx context.Context, r busmsg.BeatRequest) (busmsg.BeatReply, error)
 	// ServeCommands takes the worker's commands. handle must not block.
 	ServeCommands(workerID string, handle func(context.Context, busmsg.WorkerCommand) busmsg.WorkerCommandReply) (Subscription, error)

@@ -3,6 +3,7 @@ package socket_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 
 	"github.com/cmdexec/cmdexec/libs/core/busmsg"
@@ -123,6 +124,7 @@ func (b *memBus) WatchWorkers(ctx context.Context, handle func(fleet.Worker)) er
 }
 
 func (b *memBus) RequestBeat(_ context.Context, r busmsg.BeatRequest) (busmsg.BeatReply, error) {
+	r.Workers = slices.Clone(r.Workers) // they are the caller's
 	b.mu.Lock()
 	f := b.scheduler
 	if f != nil {

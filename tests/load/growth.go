@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"time"
+)
+
+// growthLoad is how many jobs the row growth runs.
+type growthLoad struct{ jobs int }
+
+func (g *growthLoad) flags() {
+	flag.IntVar(&g.jobs, "growth", 20_000, "of the row growth: jobs between the first and the last look at the memory; 100,000 take some minutes")
+}
+
+const (
+	growthFirst = 1000
+	growthLooks = 10
+)
+
+// growth measures what jobs that have ended leave behind in memory.
+func growth(ctx context.Context, p plan) error {
+	for _, form := range p.forms {
+		start, err := starter(form)
+		if err != nil {
+			return err
+		}
+		if err := grows(ctx, p, form, start); err != nil {
+			return fmt.Errorf("%s: %w", form, err)
+		}
+	}
+	return nil
+}
+
+func grows(ctx context.Context, p plan, form string, start func(context.Context, plan) (*deployment, error)) error {
+	d, err := start(ctx, p)
+	if err != nil {
+		return err
+	}
+	defer d.stop()
+	c := newClient(d.url, d.token)
+	fresh, err := d.usage()
+	if err != nil {
+		return err
+	}
+	if _, err := c.throughput(ctx, warm, p.clients); err != nil {
+		return fmt.Errorf("warm up: %w", err)
+	}
+	base, err := d.rested(ctx)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("\ngrowth, %s: %s\n", form, d.what)
+	row(fmt.Sprintf("resident memory: fresh / after %d jobs", warm), "%8.1f / %.1f MB", mb(fresh.rss), mb(base))
+	done := 0
+	for _, until := range growthSteps(p.growth.jobs) {
+		t, err := c.throughput(ctx, until-done, p.clients)
+		if err != nil {
+			return err
+		}
+		done = until
+		now, err := d.rested(ctx)
+		if err != nil {
+			return err
+		}
+		row(fmt.Sprintf("  after %d more", done), "%8.1f MB   %+.1f MB   %.0f jobs/s", mb(now), mb(now-base), t.completed)
+	}
+	return nil
+}
+
+// growthSteps are the counts of jobs after which the memory is looked at.
+func growthSteps(jobs int) []int {
+	steps := []int{min(growthFirst, jobs)}
+	for i := range growthLooks {
+		if n := jobs * (i + 1) / growthLooks; n > steps[len(steps)-1] {
+			steps = append(steps, n)
+		}
+	}
+	return steps
+}
+
+// restFor is what a purge of ended jobs and the return of unused memory may take.
+const restFor = 5 * time.Second
+
+// rested is the resident memory a little later.
+func (d *deployment) rested(ctx context.Context) (int64, error) {
+	timer := time.NewTimer(restFor)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	u, err := d.usage()
+	return u.rss, err
+}
