@@ -53,6 +53,16 @@ func (d *deployment) add(ctx context.Context, env []string, program string, args
 	return nil
 }
 
+// process is the newest process of a program.
+func (d *deployment) process(program string) (*exec.Cmd, error) {
+	for _, cmd := range slices.Backward(d.procs) {
+		if filepath.Base(cmd.Path) == program {
+			return cmd, nil
+		}
+	}
+	return nil, fmt.Errorf("there is no %s", program)
+}
+
 func (d *deployment) stop() {
 	for _, cmd := range slices.Backward(d.procs) {
 		_ = cmd.Process.Signal(syscall.SIGTERM)

@@ -117,16 +117,6 @@ func raiseFiles(need int) error {
 	return nil
 }
 
-// process is the newest process of a program.
-func (d *deployment) process(program string) (*exec.Cmd, error) {
-	for _, cmd := range slices.Backward(d.procs) {
-		if filepath.Base(cmd.Path) == program {
-			return cmd, nil
-		}
-	}
-	return nil, fmt.Errorf("there is no %s", program)
-}
-
 // end ends the newest process of a program by a signal and forgets it.
 func (d *deployment) end(program string, by os.Signal) error {
 	cmd, err := d.process(program)

@@ -10,7 +10,6 @@ import (
 	"io"
 	"net/http"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -180,16 +179,6 @@ func (c *client) besides(ctx context.Context, do func(context.Context) error) (t
 	}
 }
 
-// process is the id of the deployment's process of that program.
-func (d *deployment) process(program string) (int, error) {
-	for _, cmd := range d.procs {
-		if filepath.Base(cmd.Path) == program {
-			return cmd.Process.Pid, nil
-		}
-	}
-	return 0, fmt.Errorf("%s is no part of %s", program, d.what)
-}
-
 // watched is the resident memory of some processes over a time.
 type watched struct {
 	names        []string
@@ -214,11 +203,11 @@ func (w *watched) run(ctx context.Context, d *deployment) error {
 	defer tick.Stop()
 	for {
 		for _, name := range w.names {
-			pid, err := d.process(name)
+			cmd, err := d.process(name)
 			if err != nil {
 				return err
 			}
-			u, err := usageOf(pid)
+			u, err := usageOf(cmd.Process.Pid)
 			if err != nil {
 				return err
 			}
@@ -304,11 +293,11 @@ func followers(ctx context.Context, p plan) error {
 // cpu is the time that programs of the deployment have used.
 func (d *deployment) cpu(programs []string) (used []time.Duration, err error) {
 	for _, name := range programs {
-		pid, err := d.process(name)
+		cmd, err := d.process(name)
 		if err != nil {
 			return nil, err
 		}
-		u, err := usageOf(pid)
+		u, err := usageOf(cmd.Process.Pid)
 		if err != nil {
 			return nil, err
 		}
