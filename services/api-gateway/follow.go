@@ -30,7 +30,7 @@ const (
 	historyChunks = 256       // per question to the persister
 	historyBytes  = 384 << 10 // of data: as base64 within the bus's message limit
 	heldBytes     = 1 << 20   // of live output that waits for a gap to close
-	liveQueue     = 64        // chunks between the live follower and the reader
+	liveQueue     = 16        // chunks between the live follower and the reader: at most 1 MiB
 )
 
 var errStopping = errors.New("the server stops")

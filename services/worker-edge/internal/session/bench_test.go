@@ -7,12 +7,16 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
+
 	"github.com/cmdexec/cmdexec/libs/core/busmsg"
 	"github.com/cmdexec/cmdexec/libs/core/fleet"
 	"github.com/cmdexec/cmdexec/libs/core/workerproto"
 	"github.com/cmdexec/cmdexec/libs/kit/auth"
 	"github.com/cmdexec/cmdexec/libs/kit/lifecycle"
 )
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // answering is a bus on which a scheduler confirms every lease.
 type answering struct{ Bus }
