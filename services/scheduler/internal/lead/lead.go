@@ -62,7 +62,7 @@ const (
 	maxDrain     = 512                    // mailbox entries taken before the loop decides
 	mailboxSize  = 1024
 	keepEntry    = 4 << 10  // bytes of a record that is kept to save a read
-	keepEntries  = 64 << 20 // of all of them
+	keepEntries  = 32 << 20 // of all of them
 	maxChecks    = 256      // unknown leases looked up for one beat
 	checksAtOnce = 16
 )
