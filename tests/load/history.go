@@ -42,7 +42,7 @@ const (
 	historyQueue  = "nightly"
 )
 
-// history is a database full of ended jobs.
+// finished is a database full of ended jobs.
 type finished struct {
 	jobs  int
 	begin time.Time
