@@ -499,6 +499,9 @@ func (a *attempt) signal(ctx context.Context, name string) error {
 	// Noted before it is sent: the container's end may be seen before the answer.
 	forget := a.noteSignal(name, time.Now())
 	err := a.x.engine.api.ContainerKill(ctx, a.id, name)
+	if errors.Is(err, context.Canceled) {
+		return err // called off since the container has ended, perhaps by this
+	}
 	if err != nil {
 		forget()
 		if gone(err) {
