@@ -89,6 +89,12 @@ func readFull(b []byte) error {
 // unpack makes folders and files, goes to the working folder, and leaves nothing of
 // the order in standard input.
 func unpack(o *handover.Order) error {
+	if len(o.Folders)+len(o.Files) > 0 {
+		// As the volume has it that other containers get their files in.
+		if err := syscall.Chmod(handover.Root, 0o1777); err != nil {
+			return failure("open the folder "+handover.Root, err)
+		}
+	}
 	for _, f := range o.Folders {
 		path := handover.Root + "/" + f
 		if err := syscall.Mkdir(path, 0o755); err != nil {
@@ -109,7 +115,7 @@ func unpack(o *handover.Order) error {
 	if o.Stdin {
 		return nil
 	}
-	null, err := syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	null, err := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return failure("open /dev/null", err)
 	}

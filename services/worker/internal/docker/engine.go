@@ -28,9 +28,9 @@ type facts struct {
 	version   string
 	cgroupV1  bool
 	rootless  bool
-	init      bool // it has an init process to put into containers
-	keepsLogs bool // it has the log driver that keeps output byte by byte
-	restores  bool // it lets containers run while it is restarted
+	init      bool   // it has an init process to put into containers
+	keepsLogs bool   // it has the log driver that keeps output byte by byte
+	restores  bool   // it lets containers run while it is restarted
 	arch      string // as the engine says it
 	cores     int
 	memory    int64 // bytes

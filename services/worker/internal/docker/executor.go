@@ -75,6 +75,10 @@ func (x *Executor) Close() error {
 	return nil
 }
 
+// KeepWarm sets whether containers wait for jobs, within the bounds of the options:
+// not while no job is to come. At first they do. It does not block.
+func (x *Executor) KeepWarm(on bool) { x.pool.keep(on) }
+
 // Describe says in one line, for the worker's owner, what engine there is. It
 // asks the engine.
 func (x *Executor) Describe(ctx context.Context) string {

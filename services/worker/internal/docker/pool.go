@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -22,6 +23,9 @@ type pool struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	all    sync.WaitGroup
+	// removals are what is still done when it is closed, for a while.
+	removals context.Context
+	giveUp   context.CancelFunc
 
 	mu      sync.Mutex
 	begun   bool
@@ -56,7 +60,8 @@ const (
 
 func newPool(x *Executor, limits Warm) *pool {
 	p := &pool{x: x, limits: limits, wake: make(chan struct{}, 1), shapes: map[shape]*demand{}}
-	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.removals, p.giveUp = context.WithCancel(context.Background())
+	p.ctx, p.cancel = context.WithCancel(p.removals)
 	return p
 }
 
@@ -209,10 +214,8 @@ func (p *pool) next(now time.Time) step {
 			s.make, s.image = &sh, p.shapes[sh].image
 			return s
 		}
-		for _, w := range p.idle {
-			if memory-w.shape.memoryMB+sh.memoryMB <= p.limits.MemoryMB && p.yields(w.shape, sh, count) {
-				return step{drop: p.remove(w)}
-			}
+		if w := p.yielding(sh, count, memory); w != nil {
+			return step{drop: p.remove(w)}
 		}
 	}
 	return s
@@ -231,6 +234,26 @@ func (p *pool) wanted(count map[shape]int) []shape {
 		return cmp.Or(cmp.Compare(count[a], count[b]), p.shapes[b].asked.Compare(p.shapes[a].asked))
 	})
 	return found
+}
+
+// yielding is the first container that is given up for one of a shape that has
+// none; nil: it would not have room in any case.
+func (p *pool) yielding(sh shape, count map[shape]int, memory int64) *warm {
+	var first *warm
+	left := maps.Clone(count)
+	for _, w := range p.idle {
+		if !p.yields(w.shape, sh, left) {
+			continue
+		}
+		if first == nil {
+			first = w
+		}
+		left[w.shape]--
+		if memory -= w.shape.memoryMB; memory+sh.memoryMB <= p.limits.MemoryMB {
+			return first
+		}
+	}
+	return nil
 }
 
 // yields reports whether a shape gives up a container for another, which has none:
@@ -402,16 +425,18 @@ func (p *pool) close() {
 	p.idle = nil
 	p.mu.Unlock()
 	p.cancel()
+	defer p.giveUp()
+	bound := time.AfterFunc(p.x.opts.CallTimeout, p.giveUp)
+	defer bound.Stop()
 	for _, w := range idle {
 		w.release()
 	}
 	p.all.Wait()
-	var removals sync.WaitGroup
 	for _, w := range idle {
-		removals.Go(func() { p.discard(w) })
+		p.all.Go(func() { p.discard(w) })
 	}
-	removals.Wait()
-	p.dropVolume(context.Background())
+	p.all.Wait()
+	p.dropVolume(p.removals)
 }
 
 func later(a, b time.Time) time.Time {

@@ -475,7 +475,9 @@ type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
-func TestFailingWriterLosesOnlyItsStream(t *testing.T) { eachPath(t, testFailingWriterLosesOnlyItsStream) }
+func TestFailingWriterLosesOnlyItsStream(t *testing.T) {
+	eachPath(t, testFailingWriterLosesOnlyItsStream)
+}
 
 func testFailingWriterLosesOnlyItsStream(t *testing.T, x *docker.Executor) {
 	a := prepare(t, x, shell("head -c 1000000 /dev/zero; echo end >&2; exit 2"))

@@ -188,7 +188,7 @@ func (x *Executor) discard(w *warm) error {
 	if w.stream != nil {
 		_ = w.stream.Close()
 	}
-	err := x.engine.remove(context.Background(), w.id)
+	err := x.engine.remove(x.pool.removals, w.id)
 	x.release(w.name)
 	return err
 }
