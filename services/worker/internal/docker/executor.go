@@ -267,7 +267,7 @@ func (x *Executor) prepare(ctx context.Context, p *plan) (*attempt, error) {
 	}
 	s, ok := x.shapeOf(p, img, f)
 	if ok {
-		x.pool.ask(s, img)
+		x.pool.ask(s, img, time.Now())
 		if a.takeWarm(ctx, s) {
 			return a, nil
 		}

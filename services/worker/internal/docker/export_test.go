@@ -28,11 +28,11 @@ func Prime(t testing.TB, x *Executor, spec executor.Spec) bool {
 		return false
 	}
 	s, img, ok := shapeFor(t, x, spec)
-	if !ok {
+	if !ok || s.memoryMB > x.pool.limits.MemoryMB {
 		return false
 	}
-	x.pool.ask(s, img)
-	x.pool.ask(s, img)
+	x.pool.ask(s, img, time.Now())
+	x.pool.ask(s, img, time.Now())
 	x.pool.poke()
 	for deadline := time.Now().Add(30 * time.Second); !slices.ContainsFunc(x.pool.waiting(), func(w *warm) bool { return w.shape == s }); {
 		if time.Now().After(deadline) {

@@ -93,11 +93,10 @@ func (p *pool) poke() {
 }
 
 // ask notes that a shape was asked for. img is the image of it.
-func (p *pool) ask(s shape, img *imageFacts) {
+func (p *pool) ask(s shape, img *imageFacts, now time.Time) {
 	if !p.enabled() {
 		return
 	}
-	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed || p.off || p.never || s.memoryMB > p.limits.MemoryMB {
@@ -313,7 +312,11 @@ func (p *pool) fill(s shape, img *imageFacts) error {
 	if err != nil {
 		return err
 	}
-	w, err := p.x.makeWarm(p.ctx, s, img, f, v)
+	if err := p.ctx.Err(); err != nil {
+		return err
+	}
+	// Not called off by close: the engine would make it all the same, and later.
+	w, err := p.x.makeWarm(p.removals, s, img, f, v)
 	if err != nil {
 		return err
 	}
@@ -356,7 +359,7 @@ func (p *pool) prepareVolume(img *imageFacts, f facts) (*initVolume, error) {
 	p.mu.Lock()
 	p.volume = v
 	p.mu.Unlock()
-	if err := v.fill(p.ctx, p.x.engine, img.id); err != nil {
+	if err := v.fill(p.removals, p.x.engine, img.id); err != nil {
 		return nil, err
 	}
 	p.mu.Lock()

@@ -285,8 +285,8 @@ func TestWarmPoolIsBounded(t *testing.T) {
 	if r := run(t, x, shell("true")); r.code() != 0 { // of a shape that finds room by driving others out
 		t.Fatal(r)
 	}
-	if _, err := x.Prepare(t.Context(), c); err != nil {
-		t.Fatal(err)
+	if docker.Prime(t, x, c) {
+		t.Fatal("a container waits that is more than all may have")
 	}
 	total := int64(0)
 	for _, id := range docker.Waiting(x) {
