@@ -50,8 +50,8 @@ type demand struct {
 
 const (
 	// pause is for an attempt that has just been started, so that it has the engine
-	// and the machine for itself until it has said something.
-	pause = 50 * time.Millisecond
+	// and the machine for itself until it has said something, or ended if it is short.
+	pause = 200 * time.Millisecond
 	// restFor is how long nothing is made after something went wrong.
 	restFor = 10 * time.Second
 	// maxShapes bounds what is remembered.
