@@ -46,8 +46,18 @@ help: ## List the targets
 
 ##### Building and running
 
+# What waits in warm containers, for each kind of machine that an engine may run on.
+# The worker carries it, so it is built before any worker is. See
+# docs/decisions/0010-warm-containers.md.
+INITS := services/worker/internal/docker/warminit
+.PHONY: warm-init
+warm-init:
+	@for arch in amd64 arm64; do \
+		GOOS=linux GOARCH=$$arch $(STATIC) go build -ldflags '-s -w' -o $(INITS)/warm-init-$$arch ./services/worker/cmd/warm-init; \
+	done
+
 .PHONY: build
-build: ## Build bin/cmdexec and bin/<service> for every service
+build: warm-init ## Build bin/cmdexec and bin/<service> for every service
 	@mkdir -p bin
 	@$(STATIC) go build -ldflags '$(LDFLAGS)' -o bin/ $(or $(MAINS),$(error no main package found))
 	@echo "built in bin/: $(notdir $(MAINS)) ($(VERSION))"
@@ -56,7 +66,7 @@ build: ## Build bin/cmdexec and bin/<service> for every service
 # for tests/chaos, never for a release. FAILPOINT_BIN is also bin/race/failpoint.
 FAILPOINT_BIN ?= bin/failpoint
 .PHONY: build-failpoint
-build-failpoint: # What make chaos kills at exact moments.
+build-failpoint: warm-init # What make chaos kills at exact moments.
 	@mkdir -p $(FAILPOINT_BIN)
 	@$(STATIC) go build -tags failpoint -ldflags '$(LDFLAGS)' -o $(FAILPOINT_BIN)/ $(filter-out %/cmdexec,$(MAINS))
 
@@ -66,7 +76,7 @@ run: build ## Build, then start everything in one process on 127.0.0.1:3000 (ARG
 
 .PHONY: clean
 clean: ## Remove what make built
-	rm -rf bin dist
+	rm -rf bin dist $(INITS)/warm-init-*
 
 ##### Testing
 
@@ -89,7 +99,7 @@ sim: ## Run 500 seeded interleavings of the real services over a simulated bus (
 	@$(STATIC) go test -vet=off -count=1 -timeout=10m ./tests/sim $(if $(ARGS),-args $(ARGS))
 
 .PHONY: build-race
-build-race: # What the end-to-end tests drive.
+build-race: warm-init # What the end-to-end tests drive.
 	@command -v gcc >/dev/null || { echo "make test needs gcc (the race detector is linked with it)" >&2; exit 1; }
 	@mkdir -p bin/race
 	@$(if $(MAINS),CGO_ENABLED=1 go build -race -ldflags '$(LDFLAGS)' -o bin/race/ $(MAINS),true)

@@ -38,6 +38,9 @@ type Config struct {
 	ContainerRuntime  string            `envconfig:"CONTAINER_RUNTIME" desc:"OCI runtime of containers, for example runsc; default: the engine's"`
 	AllowNetwork      bool              `envconfig:"ALLOW_NETWORK" desc:"let jobs that ask for a network have the engine's bridge"`
 	AdoptContainers   bool              `envconfig:"ADOPT_CONTAINERS" default:"true" desc:"containers go on when this worker is killed, and its next start takes them up; the engine keeps up to 40 MB of the output of each for that"`
+	WarmContainers    int               `envconfig:"WARM_CONTAINERS" default:"2" desc:"containers that are kept started for jobs of the kinds that came lately, at most SLOTS; 0 for none"`
+	WarmMemory        config.Bytes      `envconfig:"WARM_MEMORY" default:"1Gi" desc:"what the memory limits of these may come to in all"`
+	WarmSeconds       int               `envconfig:"WARM_SECONDS" default:"300" desc:"seconds that a kind of job has containers waiting after it came last"`
 	Insecure          bool              `envconfig:"INSECURE" desc:"allow an unencrypted connection to a server that is not on this machine"`
 	AdminAddr         string            `envconfig:"ADMIN_ADDR" default:"127.0.0.1:9105" desc:"address of /livez, /readyz and /metrics; off for none"`
 	LogLevel          string            `envconfig:"LOG_LEVEL" default:"info" desc:"debug, info, warn or error"`
@@ -86,6 +89,12 @@ func (c *Config) check() error {
 		return errors.New("CPU_LIMIT must be a number of cores above 0")
 	case c.RAMLimit < 0:
 		return errors.New("RAM_LIMIT must be above 0")
+	case c.WarmContainers < 0:
+		return errors.New("WARM_CONTAINERS must not be negative")
+	case c.WarmMemory < 0:
+		return errors.New("WARM_MEMORY must not be negative")
+	case c.WarmSeconds < 0:
+		return errors.New("WARM_SECONDS must not be negative")
 	}
 	return nil
 }

@@ -186,6 +186,10 @@ func (s *Service) openExecutors(ctx context.Context, names []string) error {
 			x, err := docker.New(docker.Options{
 				Host: s.cfg.DockerHost, CertDir: s.cfg.DockerCertPath, ConfigDir: s.cfg.dockerConfig(), WorkerID: s.id, Mark: s.mark,
 				Runtime: s.cfg.ContainerRuntime, AllowBridge: s.cfg.AllowNetwork, Survive: s.cfg.AdoptContainers, Log: s.log,
+				Warm: docker.Warm{
+					Containers: min(s.cfg.WarmContainers, s.slots()), MemoryMB: int64(s.cfg.WarmMemory) >> 20,
+					Age: time.Duration(s.cfg.WarmSeconds) * time.Second,
+				},
 			})
 			if err != nil {
 				return fmt.Errorf("docker executor: %w", err)
@@ -288,6 +292,7 @@ func (s *Service) Run(ctx context.Context) error {
 	all.Go(func() { s.watchExecutors(online) })
 
 	<-ctx.Done()
+	s.keepWarm(func(string) bool { return false })
 	grace, cancel := context.WithTimeout(online, longestGrace)
 	s.runner.Stop(grace)
 	cancel()
@@ -332,6 +337,8 @@ func (s *Service) probe(ctx context.Context) {
 	s.unready = unready
 	s.mu.Unlock()
 	s.runner.Unready(unready)
+	draining := s.runner.Draining()
+	s.keepWarm(func(name string) bool { return !draining && unready[name] == "" })
 	changed := false
 	for _, x := range s.executors {
 		switch was, is := before[x.Name()], unready[x.Name()]; {
@@ -345,6 +352,15 @@ func (s *Service) probe(ctx context.Context) {
 	}
 	if changed && before != nil {
 		s.session.Reconnect() // a new hello says what this worker runs now
+	}
+}
+
+// keepWarm tells the executors that can keep something ready whether they should.
+func (s *Service) keepWarm(should func(name string) bool) {
+	for _, x := range s.executors {
+		if w, ok := x.(interface{ KeepWarm(on bool) }); ok {
+			w.KeepWarm(should(x.Name()))
+		}
 	}
 }
 

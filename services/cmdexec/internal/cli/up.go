@@ -18,7 +18,7 @@ func (a *app) upCommand() *cobra.Command {
 		Long: "Run everything on this machine, in one process: the API, an embedded NATS JetStream server, SQLite and one\n" +
 			"local worker. Nothing has to be installed. Ctrl-C stops it; what was accepted goes on at the next start.\n\n" +
 			"Each flag is also an environment variable (in brackets). Further variables: JWT_SECRET, WORKER_TOKEN_SECRET,\n" +
-			"CPU_LIMIT, RAM_LIMIT, ADMIN_ADDR, LEASE_SECONDS, HEARTBEAT_SECONDS, LOG_LEVEL, LOG_FORMAT; and the limits, which are\n" +
+			"CPU_LIMIT, RAM_LIMIT, WARM_CONTAINERS, WARM_MEMORY, WARM_SECONDS, ADMIN_ADDR, LEASE_SECONDS, HEARTBEAT_SECONDS, LOG_LEVEL, LOG_FORMAT; and the limits, which are\n" +
 			"off unless set: RATE_LIMIT_USER, RATE_LIMIT_IP, RATE_LIMIT_WORKER, REDIS_URL, MAX_QUEUED_PER_USER,\n" +
 			"MAX_RUNNING_PER_USER, MAX_STREAMS_PER_USER, MAX_CONNECTIONS.",
 		Args: cobra.NoArgs,

@@ -24,6 +24,9 @@ type Config struct {
 	DockerConfig      string        `envconfig:"DOCKER_CONFIG" desc:"folder of the user's Docker configuration; default ~/.docker"`
 	ContainerRuntime  string        `envconfig:"CONTAINER_RUNTIME" desc:"OCI runtime of containers, for example runsc"`
 	AllowNetwork      bool          `envconfig:"ALLOW_NETWORK" desc:"let container jobs that ask for a network have one"`
+	WarmContainers    int           `envconfig:"WARM_CONTAINERS" default:"2" desc:"containers that the local worker keeps started for jobs of the kinds that came lately; 0 for none"`
+	WarmMemory        config.Bytes  `envconfig:"WARM_MEMORY" default:"1Gi" desc:"what the memory limits of these may come to in all"`
+	WarmSeconds       int           `envconfig:"WARM_SECONDS" default:"300" desc:"seconds that a kind of job has containers waiting after it came last"`
 	JWTSecret         config.Secret `envconfig:"JWT_SECRET" desc:"signs user tokens; made and kept in the data folder when absent"`
 	WorkerTokenSecret config.Secret `envconfig:"WORKER_TOKEN_SECRET" desc:"signs worker tokens; made and kept in the data folder when absent"`
 	CPULimit          float64       `envconfig:"CPU_LIMIT" desc:"cores that the local worker offers in all"`

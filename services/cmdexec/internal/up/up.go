@@ -198,7 +198,7 @@ func (s *stack) services(ctx context.Context) (err error) {
 		ServerURL: s.url(), WorkerTokenSecret: config.Secret(s.keys.Worker), DataDir: filepath.Join(s.dir, "worker"),
 		Executors: s.cfg.executors(), DockerHost: s.cfg.DockerHost, DockerCertPath: s.cfg.DockerCertPath, DockerConfig: s.cfg.DockerConfig,
 		ContainerRuntime: s.cfg.ContainerRuntime, AllowNetwork: s.cfg.AllowNetwork, Slots: s.cfg.Slots, CPULimit: s.cfg.CPULimit, RAMLimit: s.cfg.RAMLimit,
-		AdoptContainers: true,
+		AdoptContainers: true, WarmContainers: s.cfg.WarmContainers, WarmMemory: s.cfg.WarmMemory, WarmSeconds: s.cfg.WarmSeconds,
 	}, worker.Deps{Logger: named("worker"), Metrics: s.metrics})
 	return err
 }

@@ -12,13 +12,14 @@ import (
 	"github.com/docker/docker/api/types/events"
 
 	"github.com/cmdexec/cmdexec/services/worker/internal/executor"
+	"github.com/cmdexec/cmdexec/services/worker/internal/handover"
 )
 
 // How a container is taken up that an earlier process of this worker has
 // started.
 //
 // It is found by the id in the handle and must carry the labels of this worker
-// and lease. Its output goes on from the engine's log, behind as many bytes as the
+// and lease, or be a warm one that was given the lease's name. Its output goes on from the engine's log, behind as many bytes as the
 // earlier process has kept; see enginelog.go. How it ended is told only where the
 // engine was there the whole time: it must remember the end of the container, which
 // it does not after a restart, and that nobody else has stopped it.
@@ -33,6 +34,9 @@ var (
 type handle struct {
 	Container   string `json:"container"`
 	ImageDigest string `json:"imageDigest,omitempty"`
+	// Waited is how long a warm container had run before it was this attempt's; 0:
+	// it is none.
+	Waited time.Duration `json:"waited,omitempty"`
 }
 
 var containerID = regexp.MustCompile(`^[0-9a-f]{12,64}$`)
@@ -51,16 +55,16 @@ type past struct {
 	trusted  bool      // valid when ended is closed: what the engine says is
 }
 
-func (a *attempt) survives() bool { return a.x.opts.Survive && a.facts.keepsLogs }
+func (x *Executor) survives(f facts) bool { return x.opts.Survive && f.keepsLogs }
 
 // Handle names the container for Adopt.
 func (a *attempt) Handle() []byte {
-	if !a.survives() || !containerID.MatchString(a.id) {
+	if !a.x.survives(a.facts) || !containerID.MatchString(a.id) {
 		return nil
 	}
-	data, err := json.Marshal(handle{a.id, a.image.digest})
+	data, err := json.Marshal(handle{a.id, a.image.digest, a.waited})
 	if err != nil {
-		return nil // two strings: it never fails
+		return nil // two texts and a number: it never fails
 	}
 	return data
 }
@@ -83,13 +87,14 @@ func (x *Executor) Adopt(spec executor.Spec, data []byte, before executor.Past) 
 		return nil, errors.New("this lease has a container already")
 	}
 	a := &attempt{
-		x: x, plan: p, image: &imageFacts{digest: h.ImageDigest}, id: h.Container, fed: make(chan struct{}),
+		x: x, plan: p, image: &imageFacts{digest: h.ImageDigest}, id: h.Container, waited: h.Waited, fed: make(chan struct{}),
 		past:  &past{Past: before, at: time.Now()},
 		ended: make(chan struct{}), stopped: make(chan struct{}), killed: make(chan struct{}),
 		// The earlier process may have had no time to remove it.
 		delivery: &delivery{engine: x.engine, carrier: p.name + carrierSuffix, lost: make(chan struct{})},
 	}
 	close(a.fed)
+	a.settled.Do(func() {}) // it was never prepared here
 	if before.Stop != 0 {
 		a.receipt = &executor.StopReceipt{Reason: before.Stop, DeliveredAt: before.StopAt}
 		close(a.stopped)
@@ -156,7 +161,7 @@ func (a *attempt) tryTakeUp() error {
 		return err
 	}
 	a.mu.Lock()
-	a.startedAt = engineTime(state.StartedAt, a.past.StartedAt)
+	a.startedAt = a.began(state, a.past.StartedAt)
 	a.mu.Unlock()
 	if err := a.delivery.end(context.Background()); err != nil {
 		return err
@@ -218,7 +223,7 @@ func (a *attempt) find() (*container.State, error) {
 		return nil, err
 	case got.ContainerJSONBase == nil || got.State == nil || got.Config == nil:
 		return nil, errors.New("the engine described a container without its state")
-	case got.Config.Labels[labelMark] != a.x.opts.Mark || got.Config.Labels[labelLease] != a.plan.spec.LeaseID:
+	case !a.owns(got):
 		a.mu.Lock()
 		a.removed = true // it is not ours to remove
 		a.mu.Unlock()
@@ -227,6 +232,16 @@ func (a *attempt) find() (*container.State, error) {
 		return nil, lost("the worker was restarted before the command was started")
 	}
 	return got.State, nil
+}
+
+// owns reports whether a container is that of this lease. Only this worker gives a
+// warm container the name that goes with a lease.
+func (a *attempt) owns(got container.InspectResponse) bool {
+	labels := got.Config.Labels
+	if labels[labelMark] != a.x.opts.Mark {
+		return false
+	}
+	return labels[labelLease] == a.plan.spec.LeaseID || a.waited > 0 && labels[labelWarm] != "" && got.Name == "/"+a.plan.name
 }
 
 // Bounds of the pause between two looks at the log: it takes a twentieth of the
@@ -324,9 +339,12 @@ func (a *attempt) readCut() error {
 // endedAway judges the end of a container that was taken up. Nothing has held a
 // connection to the engine all the time, so that it must remember the end.
 func (a *attempt) endedAway(state *container.State) error {
-	from, to := engineTime(state.StartedAt, time.Time{}), engineTime(state.FinishedAt, time.Time{})
-	if from.IsZero() || to.Before(from) {
+	from, to := a.began(state, time.Time{}), engineTime(state.FinishedAt, time.Time{})
+	if from.IsZero() || to.Before(from.Add(-a.waited)) {
 		return errors.New("the container engine does not know when the command ended")
+	}
+	if a.waited > 0 && state.ExitCode == handover.Failed {
+		return errors.New("the worker was restarted when the command was to begin, and it is not known whether it did")
 	}
 	now, err := a.engineNow()
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/docker/docker/api/types/filters"
 
 	"github.com/cmdexec/cmdexec/services/worker/internal/executor"
+	"github.com/cmdexec/cmdexec/services/worker/internal/handover"
 )
 
 // Codes as a shell gives them, where no init process says them.
@@ -46,11 +47,17 @@ type attempt struct {
 	facts    facts
 	id       string // or the name, before it is known
 	delivery *delivery
+	settled  sync.Once // it is not being prepared or started any more
+
+	warm   *warm         // the container has waited for this attempt; nil: it was made for it
+	waited time.Duration // how long
+	mark   [handover.MarkSize]byte
 
 	stream  *stream
 	outlets [2]*outlet
 	copied  chan struct{}    // closed when the output has ended
 	copyErr error            // valid then
+	unbegun error            // valid then: the init of a warm container has failed
 	last    *container.State // valid then: what the container was when it did
 	exited  atomic.Bool      // the container is known to have ended
 	workers sync.WaitGroup
@@ -81,15 +88,20 @@ type attempt struct {
 	removed   bool
 }
 
+// userOf is who runs the command, and whether it is the image that says so.
+func (x *Executor) userOf(p *plan, img *imageFacts) (user string, fromImage bool) {
+	switch {
+	case p.spec.User != "":
+		return p.spec.User, false
+	case x.mayRun(img):
+		return img.user, true
+	}
+	return nobody, false
+}
+
 // create makes the container, for the right user, with its files.
 func (a *attempt) create(ctx context.Context) error {
-	user, fromImage := a.plan.spec.User, false
-	if user == "" {
-		user = nobody
-		if a.x.mayRun(a.image) {
-			user, fromImage = a.image.user, true
-		}
-	}
+	user, fromImage := a.x.userOf(a.plan, a.image)
 	// The tmpfs belong to the user, by number. What number a name has only the
 	// image knows, which can be read once there is a container of it.
 	found, known := a.x.users.known(a.image.id, user)
@@ -126,7 +138,7 @@ func (a *attempt) create(ctx context.Context) error {
 
 func (a *attempt) createFor(ctx context.Context, user string, o owner) error {
 	cfg, host := a.plan.configure(a.image, a.facts, &a.x.opts, user, o)
-	if a.survives() {
+	if a.x.survives(a.facts) {
 		host.LogConfig = logConfig()
 	}
 	if a.plan.deliver() {
@@ -136,24 +148,32 @@ func (a *attempt) createFor(ctx context.Context, user string, o owner) error {
 	ctx, cancel := a.x.engine.longCall(ctx)
 	defer cancel()
 	a.id = a.plan.name // until it is known, and where an answer gets lost
-	made, err := a.x.engine.api.ContainerCreate(ctx, cfg, host, nil, nil, a.plan.name)
+	made, err := a.x.create(ctx, cfg, host, a.plan.name)
+	if made != "" {
+		a.id = made
+	}
+	return err
+}
+
+// create makes a container, and fails where the engine leaves out a limit.
+func (x *Executor) create(ctx context.Context, cfg *container.Config, host *container.HostConfig, name string) (id string, err error) {
+	made, err := x.engine.api.ContainerCreate(ctx, cfg, host, nil, nil, name)
 	if err != nil {
 		if reason, ok := userFault(err); ok {
-			return executor.UserError(reason, err)
+			return "", executor.UserError(reason, err)
 		}
-		return err
+		return "", err
 	}
 	if made.ID == "" || strings.ContainsAny(made.ID, "/?#%") {
-		return errors.New("the container engine made a container without a usable id")
+		return "", errors.New("the container engine made a container without a usable id")
 	}
-	a.id = made.ID
 	// A warning here is a limit that the engine leaves out.
 	for _, w := range made.Warnings {
 		if !harmless(w) {
-			return fmt.Errorf("the container engine would give the container less than was asked for: %s", oneLine(w))
+			return made.ID, fmt.Errorf("the container engine would give the container less than was asked for: %s", oneLine(w))
 		}
 	}
-	return nil
+	return made.ID, nil
 }
 
 // harmless reports whether a warning is not about what was asked for.
@@ -176,7 +196,9 @@ func (a *attempt) Start(stdout, stderr io.Writer) error {
 	a.phase = starting
 	a.mu.Unlock()
 
-	if err := a.start(stdout, stderr); err != nil {
+	err := a.start(stdout, stderr)
+	a.settle()
+	if err != nil {
 		a.mu.Lock()
 		a.phase = finished
 		a.mu.Unlock()
@@ -196,19 +218,45 @@ func (a *attempt) Start(stdout, stderr io.Writer) error {
 }
 
 func (a *attempt) start(stdout, stderr io.Writer) error {
+	var s *stream
+	var err error
+	if a.warm != nil {
+		s = a.warm.stream
+		err = a.sendOrder()
+	} else {
+		s, err = a.startContainer(stderr)
+	}
+	if err != nil {
+		return a.x.engine.failed(context.Background(), err)
+	}
+	if a.refusal != 0 {
+		return nil
+	}
+	a.read(s, stdout, stderr)
+	a.feed(s)
+	if a.delivery != nil {
+		if err := a.delivery.end(context.Background()); err != nil {
+			a.x.log.Warn("the carrier of an attempt's files is still there, it is removed later", "job", a.plan.spec.JobID, "error", err)
+		}
+	}
+	return nil
+}
+
+// startContainer attaches to the container and starts it. A program that cannot be
+// started is no error but noted as such.
+func (a *attempt) startContainer(stderr io.Writer) (*stream, error) {
 	e := a.x.engine
 	ctx := context.Background()
-	fail := func(err error) error { return e.failed(ctx, err) }
-
 	attachCtx, cancel := e.call(ctx)
 	s, err := e.attach(attachCtx, a.id, len(a.plan.spec.Stdin) > 0)
 	cancel()
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
 	if a.delivery != nil {
 		if err := a.delivery.holding(); err != nil {
-			return errors.Join(fail(err), s.Close())
+			_ = s.Close()
+			return nil, err
 		}
 	}
 	startCtx, cancel := e.longCall(ctx)
@@ -226,46 +274,70 @@ func (a *attempt) start(stdout, stderr io.Writer) error {
 	default:
 		_ = s.Close()
 		if reason, ok := userFault(err); ok {
-			return executor.UserError(reason, err)
+			return nil, executor.UserError(reason, err)
 		}
 		code, ok := notRunnable(err)
 		if !ok || a.facts.init {
-			return fail(err)
+			return nil, err
 		}
 		a.refusal, a.refusalText, a.stderr = code, a.program()+": not found", stderr
 		if code == 126 {
 			a.refusalText = a.program() + ": permission denied"
 		}
-		return nil
 	}
+	return s, nil
+}
+
+// read hands on the output.
+func (a *attempt) read(s *stream, stdout, stderr io.Writer) {
 	a.stream, a.copied = s, make(chan struct{})
 	a.outlets = [2]*outlet{newOutlet(stdout), newOutlet(stderr)}
 	for _, o := range a.outlets {
 		a.workers.Go(o.run)
 	}
 	a.workers.Go(func() {
-		a.copyErr = demux(endingReader{a}, a.outlets[0], a.outlets[1])
+		if a.warm != nil {
+			errs := &markFilter{w: a.outlets[1], mark: a.mark[:]}
+			a.copyErr = demux(endingReader{a}, a.outlets[0], errs)
+			a.unbegun = errs.failure()
+		} else {
+			a.copyErr = demux(endingReader{a}, a.outlets[0], a.outlets[1])
+		}
 		a.lookAtEnd()
 		close(a.copied)
 		for _, o := range a.outlets {
 			o.close()
 		}
 	})
-	if stdin := a.plan.spec.Stdin; len(stdin) > 0 {
-		a.workers.Go(func() {
-			// A command that does not read all of it is no error.
-			_, _ = s.Write(stdin)
-			_ = s.CloseWrite()
-			close(a.fed)
-		})
-	}
-	if a.delivery != nil {
-		if err := a.delivery.end(ctx); err != nil {
-			a.x.log.Warn("the carrier of an attempt's files is still there, it is removed later", "job", a.plan.spec.JobID, "error", err)
-		}
-	}
-	return nil
 }
+
+// feed gives the command its input.
+func (a *attempt) feed(s *stream) {
+	stdin := a.plan.spec.Stdin
+	if len(stdin) == 0 {
+		a.hasInput()
+		return
+	}
+	a.workers.Go(func() {
+		// A command that does not read all of it is no error.
+		_, _ = s.Write(stdin)
+		_ = s.CloseWrite()
+		a.hasInput()
+	})
+}
+
+// hasInput notes that the command has all that it is to read, and that it was told
+// to begin.
+func (a *attempt) hasInput() {
+	select {
+	case <-a.fed:
+	default:
+		close(a.fed)
+	}
+}
+
+// settle notes that the attempt is not being prepared or started any more.
+func (a *attempt) settle() { a.settled.Do(a.x.pool.end) }
 
 // lookAtEnd asks how the container is at the moment when its output ends. The
 // engine ends the output of a container and notes its end in one step: one that
@@ -427,6 +499,9 @@ func (a *attempt) signal(ctx context.Context, name string) error {
 	// Noted before it is sent: the container's end may be seen before the answer.
 	forget := a.noteSignal(name, time.Now())
 	err := a.x.engine.api.ContainerKill(ctx, a.id, name)
+	if errors.Is(err, context.Canceled) {
+		return err // called off since the container has ended, perhaps by this
+	}
 	if err != nil {
 		forget()
 		if gone(err) {
@@ -502,6 +577,9 @@ func (a *attempt) Wait() executor.Exit {
 	a.workers.Wait()
 	if failure == nil && a.copyErr != nil {
 		failure = fmt.Errorf("the container engine lost a part of the output: %w", a.copyErr)
+	}
+	if failure == nil {
+		failure = a.unbegun
 	}
 	var left error
 	if failure != nil || stopped {
@@ -728,14 +806,16 @@ func (a *attempt) waitOnce() (container.WaitResponse, error) {
 func (a *attempt) judge(state *container.State, failure, left error, now time.Time) executor.Exit {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	exit := executor.Exit{ImageDigest: a.image.digest, StartedAt: a.startedAt, FinishedAt: now, Survivors: left != nil}
+	exit := executor.Exit{
+		ImageDigest: a.image.digest, Warm: a.waited > 0, StartedAt: a.startedAt, FinishedAt: now, Survivors: left != nil,
+	}
 	var reasons []string
 	if failure != nil {
 		exit.Failure = executor.CodeEngine
 		reasons = append(reasons, oneLine(failure.Error()))
 	}
 	if state != nil {
-		exit.StartedAt = engineTime(state.StartedAt, exit.StartedAt)
+		exit.StartedAt = a.began(state, exit.StartedAt)
 		exit.FinishedAt = engineTime(state.FinishedAt, exit.FinishedAt)
 		if exit.FinishedAt.Before(exit.StartedAt) { // the engine notes the start of a quick command late
 			exit.StartedAt = exit.FinishedAt
@@ -783,6 +863,15 @@ func (a *attempt) judge(state *container.State, failure, left error, now time.Ti
 	}
 	exit.Reason = strings.Join(reasons, "; ")
 	return exit
+}
+
+// began is when the command began, by the engine's clock where the engine knows.
+func (a *attempt) began(state *container.State, fallback time.Time) time.Time {
+	started := engineTime(state.StartedAt, time.Time{})
+	if started.IsZero() {
+		return fallback
+	}
+	return started.Add(a.waited)
 }
 
 // engineTime reads a time of the engine; one that it does not say is fallback.
@@ -858,10 +947,18 @@ func (a *attempt) Close() error {
 	}
 	a.phase = finished
 	a.mu.Unlock()
+	a.settle()
 	ctx, cancel := a.x.engine.longCall(context.Background())
 	defer cancel()
+	if a.warm != nil {
+		_ = a.warm.stream.Close()
+	}
 	err := a.remove(ctx)
 	a.x.release(a.plan.name)
+	if a.warm != nil {
+		// Reap may have seen the container when it was called this.
+		a.x.release(a.warm.name)
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.closed = err == nil

@@ -3,14 +3,18 @@ package docker_test
 import (
 	"context"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/client"
 	"github.com/docker/docker/pkg/stdcopy"
 	"github.com/docker/go-units"
+
+	"github.com/cmdexec/cmdexec/services/worker/internal/docker"
 )
 
 // Hardened `true` containers, 8 at a time: through the executor, and by the
@@ -90,4 +94,44 @@ func bare(ctx context.Context, api *client.Client) error {
 		return err
 	}
 	return api.ContainerRemove(ctx, made.ID, container.RemoveOptions{Force: true, RemoveVolumes: true})
+}
+
+// From the request to the first output of a command on a worker that does nothing
+// else, with a container that waits and without. Run it with -benchtime=50x.
+func BenchmarkFirstOutput(b *testing.B) {
+	engine(b)
+	for _, path := range []struct {
+		name   string
+		change []func(*docker.Options)
+	}{{"cold", nil}, {"warm", []func(*docker.Options){warmly}}} {
+		b.Run(path.name, func(b *testing.B) {
+			x := newExecutor(b, path.change...)
+			var took []time.Duration
+			for range b.N {
+				b.StopTimer()
+				spec := shell("echo x")
+				docker.Prime(b, x, spec)
+				b.StartTimer()
+				began := time.Now()
+				a, err := x.Prepare(b.Context(), spec)
+				if err != nil {
+					b.Fatal(err)
+				}
+				first := make(chan time.Time, 1)
+				w := writerFunc(func(p []byte) (int, error) { first <- time.Now(); return len(p), nil })
+				if err := a.Start(w, io.Discard); err != nil {
+					b.Fatal(err)
+				}
+				took = append(took, (<-first).Sub(began))
+				a.Wait()
+				if err := a.Close(); err != nil {
+					b.Fatal(err)
+				}
+			}
+			slices.Sort(took)
+			b.ReportMetric(float64(took[len(took)/2].Microseconds())/1e3, "p50-ms")
+			b.ReportMetric(float64(took[len(took)*9/10].Microseconds())/1e3, "p90-ms")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
 }

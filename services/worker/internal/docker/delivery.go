@@ -3,6 +3,7 @@ package docker
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -190,11 +191,7 @@ func (p *plan) archive(o owner) ([]byte, error) {
 		}
 	}
 	for _, f := range p.files {
-		mode := int64(f.Mode & 0o777)
-		if mode == 0 {
-			mode = 0o644
-		}
-		h := &tar.Header{Typeflag: tar.TypeReg, Name: f.Path, Mode: mode, Size: int64(len(f.Content))}
+		h := &tar.Header{Typeflag: tar.TypeReg, Name: f.Path, Mode: permissions(&f), Size: int64(len(f.Content))}
 		if err := add(h, f.Content); err != nil {
 			return nil, executor.UserError(fmt.Sprintf("the file %q cannot be written", f.Path), err)
 		}
@@ -204,3 +201,5 @@ func (p *plan) archive(o owner) ([]byte, error) {
 	}
 	return buf.Bytes(), nil
 }
+
+func permissions(f *executor.File) int64 { return int64(cmp.Or(f.Mode&0o777, 0o644)) }

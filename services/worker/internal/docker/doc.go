@@ -6,7 +6,8 @@
 //     hardening): no capabilities, no new privileges, the default seccomp
 //     profile, a read-only root with sized tmpfs at /tmp and /work, no network
 //     unless job and owner both want one, limits of memory, swap, CPU,
-//     processes and files, no mount of anything of this machine. What would
+//     processes and files, no mount of anything of this machine (a warm container
+//     has the program that waited in it, read-only). What would
 //     weaken it cannot be expressed in a Spec, and an engine that cannot give it
 //     is refused by Probe: nothing runs with less.
 //   - The image is found by the job's pull policy; concurrent attempts share one
@@ -19,6 +20,9 @@
 //   - With Options.Survive a later process of the worker takes a container up:
 //     its output goes on at the byte where it was left, or it is said that it
 //     does not; see adopt.go and enginelog.go.
+//   - With Options.Warm some containers are started before their attempt comes. Each
+//     is used once, and nothing in it differs from one that was made for it, but
+//     that Exit.Warm says so; see warm.go and pool.go.
 //   - Recover and Reap remove what carries this worker's label and is not claimed,
 //     and nothing else.
 //   - Every call of the engine has a timeout and every answer a size limit.

@@ -28,9 +28,10 @@ type facts struct {
 	version   string
 	cgroupV1  bool
 	rootless  bool
-	init      bool // it has an init process to put into containers
-	keepsLogs bool // it has the log driver that keeps output byte by byte
-	restores  bool // it lets containers run while it is restarted
+	init      bool   // it has an init process to put into containers
+	keepsLogs bool   // it has the log driver that keeps output byte by byte
+	restores  bool   // it lets containers run while it is restarted
+	arch      string // as the engine says it
 	cores     int
 	memory    int64 // bytes
 	checkedAt time.Time
@@ -43,7 +44,7 @@ func judge(info system.Info, runtime string) (facts, error) {
 		version: oneLine(info.ServerVersion), cores: info.NCPU, memory: info.MemTotal,
 		cgroupV1: info.CgroupVersion == "" || info.CgroupVersion == "1",
 		init:     info.InitCommit.ID != "N/A", keepsLogs: slices.Contains(info.Plugins.Log, logDriver),
-		restores: info.LiveRestoreEnabled,
+		restores: info.LiveRestoreEnabled, arch: info.Architecture,
 	}
 	seccomp := false
 	for _, option := range info.SecurityOptions {

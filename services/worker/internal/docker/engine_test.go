@@ -8,6 +8,9 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -33,7 +36,11 @@ func TestMain(m *testing.M) {
 	if err := os.Setenv("WORKER_TOKEN_SECRET", canary); err != nil {
 		panic(err)
 	}
+	if err := buildInit(); err != nil {
+		panic(err)
+	}
 	code := m.Run()
+	_ = os.RemoveAll(inits)
 	if left := leftovers(); code == 0 && len(left) > 0 {
 		fmt.Fprintln(os.Stderr, "containers left behind:", left)
 		code = 1
@@ -45,6 +52,31 @@ func TestMain(m *testing.M) {
 		}
 	}
 	os.Exit(code)
+}
+
+// inits is a folder with the init of warm containers.
+var inits = filepath.Join(os.TempDir(), fmt.Sprintf("cmdexec-dockertest-%d", os.Getpid()))
+
+func buildInit() error {
+	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(inits, "warm-init-"+runtime.GOARCH), "../../cmd/warm-init")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the init of warm containers: %w: %s", err, out)
+	}
+	return nil
+}
+
+// warmly has containers wait for jobs.
+func warmly(o *docker.Options) {
+	o.Warm = docker.Warm{Containers: 1, MemoryMB: 1 << 20, Age: time.Hour, Init: os.DirFS(inits)}
+}
+
+// eachPath runs a test with containers that are made for their job, and with such as
+// have waited for it.
+func eachPath(t *testing.T, test func(t *testing.T, x *docker.Executor)) {
+	engine(t)
+	t.Run("cold", func(t *testing.T) { test(t, newExecutor(t)) })
+	t.Run("warm", func(t *testing.T) { test(t, newExecutor(t, warmly)) })
 }
 
 func engineHost() string {
@@ -180,16 +212,39 @@ func (r result) String() string {
 type running struct {
 	t testing.TB
 	executor.Attempt
+	warm      bool // it must be
 	out, errs buffer
 }
 
-func start(t testing.TB, x executor.Executor, spec executor.Spec) *running {
+// priming is held from when a container waits for an attempt until that has it.
+var priming sync.Mutex
+
+// prepare prepares an attempt, in a container that has waited for it if the executor
+// has such for the job.
+func prepare(t testing.TB, x executor.Executor, spec executor.Spec) executor.Attempt {
 	t.Helper()
+	a, _ := prepareEither(t, x, spec)
+	return a
+}
+
+func prepareEither(t testing.TB, x executor.Executor, spec executor.Spec) (a executor.Attempt, warm bool) {
+	t.Helper()
+	priming.Lock()
+	defer priming.Unlock()
+	if x, ok := x.(*docker.Executor); ok {
+		warm = docker.Prime(t, x, spec)
+	}
 	a, err := x.Prepare(context.Background(), spec)
 	if err != nil {
 		t.Fatalf("prepare: %v", err)
 	}
-	r := &running{t: t, Attempt: a}
+	return a, warm
+}
+
+func start(t testing.TB, x executor.Executor, spec executor.Spec) *running {
+	t.Helper()
+	a, warm := prepareEither(t, x, spec)
+	r := &running{t: t, Attempt: a, warm: warm}
 	if err := a.Start(&r.out, &r.errs); err != nil {
 		_ = a.Close()
 		t.Fatalf("start: %v", err)
@@ -203,6 +258,9 @@ func (r *running) finish() result {
 	exit := r.Wait()
 	if err := r.Close(); err != nil {
 		r.t.Errorf("close: %v", err)
+	}
+	if exit.Warm != r.warm {
+		r.t.Errorf("warm is %t, want %t", exit.Warm, r.warm)
 	}
 	return result{exit, r.out.String(), r.errs.String()}
 }

@@ -27,6 +27,7 @@ type Executor struct {
 	engine *engine
 	images *images
 	users  users
+	pool   *pool
 
 	recovering sync.Mutex // one at a time
 
@@ -55,6 +56,7 @@ func New(opts Options) (*Executor, error) {
 	}
 	x := &Executor{opts: opts, log: opts.Log, live: map[string]bool{}}
 	x.engine = &engine{wire: w, runtime: opts.Runtime, timeout: opts.CallTimeout}
+	x.pool = newPool(x, opts.Warm)
 	x.images = &images{engine: x.engine, credentials: &credentials{dir: opts.ConfigDir}}
 	return x, nil
 }
@@ -65,11 +67,17 @@ func (x *Executor) Name() string { return "docker" }
 // Host is where the engine is looked for.
 func (x *Executor) Host() string { return x.engine.host }
 
-// Close gives back idle connections. Attempts must be closed before.
+// Close removes the containers that wait, and gives back idle connections. Attempts
+// must be closed before.
 func (x *Executor) Close() error {
+	x.pool.close()
 	x.engine.http.CloseIdleConnections()
 	return nil
 }
+
+// KeepWarm sets whether containers wait for jobs, within the bounds of the options:
+// not while no job is to come. At first they do. It does not block.
+func (x *Executor) KeepWarm(on bool) { x.pool.keep(on) }
 
 // Describe says in one line, for the worker's owner, what engine there is. It
 // asks the engine.
@@ -189,7 +197,7 @@ func (x *Executor) reapVolumes(ctx context.Context) error {
 	}
 	var errs []error
 	for _, v := range found.Volumes {
-		if v == nil || v.Labels[labelMark] != x.opts.Mark {
+		if v == nil || v.Labels[labelMark] != x.opts.Mark || x.pool.uses(v.Name) {
 			continue
 		}
 		rmCtx, cancel := x.engine.call(ctx)
@@ -217,6 +225,17 @@ func (x *Executor) Prepare(ctx context.Context, spec executor.Spec) (executor.At
 		ctx, cancel = context.WithTimeout(ctx, spec.PrepareTimeout)
 		defer cancel()
 	}
+	x.pool.begin()
+	a, err := x.prepare(ctx, p)
+	if err != nil {
+		x.pool.end()
+		return nil, err
+	}
+	return a, nil
+}
+
+func (x *Executor) prepare(ctx context.Context, p *plan) (*attempt, error) {
+	spec := &p.spec
 	f, err := x.engine.look(ctx)
 	if err != nil {
 		return nil, x.unready(ctx, err)
@@ -246,12 +265,20 @@ func (x *Executor) Prepare(ctx context.Context, spec executor.Spec) (executor.At
 		x: x, plan: p, image: img, facts: f, id: p.name, fed: make(chan struct{}),
 		ended: make(chan struct{}), stopped: make(chan struct{}), killed: make(chan struct{}),
 	}
+	s, ok := x.shapeOf(p, img, f)
+	if ok {
+		x.pool.ask(s, img, time.Now())
+		if a.takeWarm(ctx, s) {
+			return a, nil
+		}
+	}
 	if len(spec.Stdin) == 0 {
 		close(a.fed)
 	}
 	if err := a.create(ctx); err != nil {
 		failed := x.engine.failed(ctx, err)
 		x.untidyUntil.Store(time.Now().Add(untidyFor).UnixNano())
+		a.settled.Do(func() {}) // the caller has it
 		if err := a.Close(); err != nil {
 			x.log.Warn("a container that was not to be is still there, it is removed later", "job", spec.JobID, "error", err)
 		}

@@ -381,14 +381,21 @@ func TestEngineRestarts(t *testing.T) {
 		name  string
 		how   os.Signal
 		flags []string
+		warm  bool
 	}{
-		{"killed", syscall.SIGKILL, nil},
-		{"killed, with live restore", syscall.SIGKILL, []string{"--live-restore"}},
-		{"stopped", syscall.SIGTERM, nil},
+		{"killed", syscall.SIGKILL, nil, false},
+		{"killed, with live restore", syscall.SIGKILL, []string{"--live-restore"}, false},
+		{"stopped", syscall.SIGTERM, nil, false},
+		{"killed, warm", syscall.SIGKILL, nil, true},
+		{"killed, with live restore, warm", syscall.SIGKILL, []string{"--live-restore"}, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			host, kill, again := ownEngine(t, c.flags...)
-			x := newExecutor(t, impatient(host, 5*time.Second))
+			x := newExecutor(t, impatient(host, 5*time.Second), func(o *docker.Options) {
+				if c.warm {
+					warmly(o)
+				}
+			})
 			must(t, x.Probe(t.Context()))
 			// The second one would be a success if the engine's stopping it counted.
 			var jobs []*running
@@ -397,6 +404,7 @@ func TestEngineRestarts(t *testing.T) {
 				r.says("started")
 				jobs = append(jobs, r)
 			}
+			docker.Prime(t, x, shell("true")) // one more waits
 			kill(c.how)
 			for _, r := range jobs {
 				exit := r.Wait()
@@ -414,6 +422,7 @@ func TestEngineRestarts(t *testing.T) {
 			if r := run(t, x, shell("exit 3")); r.code() != 3 {
 				t.Error(r)
 			}
+			must(t, x.Close())
 			api, err := rawAPI(host)
 			must(t, err)
 			defer api.Close()

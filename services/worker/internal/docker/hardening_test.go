@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/docker/docker/api/types/container"
-	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/client"
 
 	"github.com/cmdexec/cmdexec/services/worker/internal/docker"
@@ -20,11 +19,9 @@ import (
 // inspect finds the container of a lease as the engine sees it.
 func inspect(t *testing.T, api *client.Client, lease string) (container.InspectResponse, string) {
 	t.Helper()
-	found, err := api.ContainerList(context.Background(), container.ListOptions{
-		All: true, Filters: filters.NewArgs(filters.Arg("label", "cmdexec.lease="+lease)),
-	})
-	if err != nil || len(found) != 1 {
-		t.Fatalf("%d containers of the lease: %v", len(found), err)
+	found := ofLease(t, api, lease)
+	if len(found) != 1 {
+		t.Fatalf("%d containers of the lease", len(found))
 	}
 	got, raw, err := api.ContainerInspectWithRaw(context.Background(), found[0].ID, false)
 	if err != nil {
@@ -33,14 +30,16 @@ func inspect(t *testing.T, api *client.Client, lease string) (container.InspectR
 	return got, string(raw)
 }
 
-func TestHardeningByInspect(t *testing.T) {
+func TestHardeningByInspect(t *testing.T) { eachPath(t, testHardeningByInspect) }
+
+func testHardeningByInspect(t *testing.T, x *docker.Executor) {
 	api := engine(t)
 	info, err := api.Info(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	x := newExecutor(t)
 	spec := shell("echo started; sleep 60")
+	spec.Env = map[string]string{"SECRET": "of-the-job"}
 	spec.CPU, spec.MemoryMB, spec.PIDs, spec.TmpfsMB = 0.5, 64, 32, 8
 	r := start(t, x, spec)
 	r.says("started")
@@ -59,7 +58,14 @@ func TestHardeningByInspect(t *testing.T) {
 	check("CapDrop ALL, CapAdd none", slices.Equal(h.CapDrop, []string{"ALL"}) && len(h.CapAdd) == 0)
 	check("no new privileges, seccomp not replaced", slices.Equal(h.SecurityOpt, []string{"no-new-privileges:true"}))
 	check("read-only root", h.ReadonlyRootfs)
-	check("no binds, mounts, volumes, devices", len(h.Binds) == 0 && len(h.Mounts) == 0 && len(h.VolumesFrom) == 0 && len(h.Devices) == 0 && len(got.Mounts) == 0)
+	check("no binds, volumes, devices", len(h.Binds) == 0 && len(h.VolumesFrom) == 0 && len(h.Devices) == 0)
+	if r.warm { // the init, and nothing else
+		check("one mount, read-only", len(h.Mounts) == 1 && len(got.Mounts) == 1 && h.Mounts[0].ReadOnly && !got.Mounts[0].RW &&
+			got.Mounts[0].Type == "volume" && got.Mounts[0].Destination == "/.cmdexec" && strings.HasPrefix(got.Mounts[0].Name, "cmdexec-init-"))
+		check("what the job is told is not in its configuration", !strings.Contains(raw, "of-the-job"))
+	} else {
+		check("no mounts", len(h.Mounts) == 0 && len(got.Mounts) == 0)
+	}
 	for _, dir := range []string{"/tmp", "/work"} {
 		for _, option := range []string{"nosuid", "nodev", "size=8m", "nr_inodes="} {
 			check(dir+" "+option, strings.Contains(h.Tmpfs[dir], option))
@@ -83,10 +89,12 @@ func TestHardeningByInspect(t *testing.T) {
 	check("no log on the host's disk", h.LogConfig.Type == "none") // unless commands are to outlive the worker: see TestAdopt
 	check("no restart", h.RestartPolicy.Name == "no" && !h.AutoRemove)
 	check("user", c.User == "65534:65534")
-	check("labels", c.Labels["cmdexec.worker"] == workerID(t.Name()) && c.Labels["cmdexec.job"] == spec.JobID &&
+	check("labels of the worker", c.Labels["cmdexec.worker"] == workerID(t.Name()) && c.Labels["cmdexec.mark"] == workerID(t.Name()))
+	check("labels of the job", r.warm || c.Labels["cmdexec.job"] == spec.JobID &&
 		c.Labels["cmdexec.attempt"] == "1" && c.Labels["cmdexec.lease"] == spec.LeaseID)
+	check("name", strings.HasPrefix(got.Name, "/cmdexec-"+spec.JobID+"-1-"))
 	host, _ := os.Hostname()
-	check("hostname", c.Hostname == spec.JobID && c.Hostname != host)
+	check("hostname", c.Hostname == "job" && c.Hostname != host)
 	check("no secret of the worker", !strings.Contains(raw, canary))
 }
 
@@ -139,9 +147,9 @@ say canary $(cat /proc/*/environ /proc/*/cmdline 2>/dev/null | grep -c 's[k]_can
 say pwd $(pwd)
 `
 
-func TestHardeningFromInside(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestHardeningFromInside(t *testing.T) { eachPath(t, testHardeningFromInside) }
+
+func testHardeningFromInside(t *testing.T, x *docker.Executor) {
 	spec := shell(inside)
 	spec.CPU, spec.MemoryMB, spec.PIDs, spec.TmpfsMB = 0.5, 64, 32, 8
 	spec.Env = map[string]string{"MINE": "1"}
@@ -159,7 +167,7 @@ func TestHardeningFromInside(t *testing.T) {
 		"CapInh": strings.Repeat("0", 16), "CapPrm": strings.Repeat("0", 16), "CapEff": strings.Repeat("0", 16),
 		"CapBnd": strings.Repeat("0", 16), "CapAmb": strings.Repeat("0", 16), "NoNewPrivs": "1", "Seccomp": "2",
 		"uid": "65534", "gid": "65534", "root": "touch: /x: Read-only file system", "bin": "no",
-		"net": "lo", "dns": "no", "metadata": "no", "socket": "no", "hostname": spec.JobID,
+		"net": "lo", "dns": "no", "metadata": "no", "socket": "no", "hostname": "job",
 		"memory": "67108864", "swap": "0", "pids": "33", "cpu": "50000 100000", "cgroup": "/",
 		"nofile": "1024", "core": "0", "fsize": "2097152", "oomadj": "500",
 		"userns": "no", "netns": "no", "mount": "no", "mknod": "no", "chown": "no", "sys": "no", "sysctl": "no",
@@ -213,9 +221,10 @@ func neverRun(t *testing.T, api *client.Client) string {
 	return made.ID
 }
 
-func TestUsers(t *testing.T) {
+func TestUsers(t *testing.T) { eachPath(t, testUsers) }
+
+func testUsers(t *testing.T, x *docker.Executor) {
 	api := engine(t)
-	x := newExecutor(t)
 	for _, c := range []struct {
 		image string // its USER; empty: the image without one
 		user  string // of the job
@@ -267,9 +276,10 @@ func TestUsers(t *testing.T) {
 }
 
 // What an image says of volumes and entry points has no effect; its variables do.
-func TestImageConfiguration(t *testing.T) {
+func TestImageConfiguration(t *testing.T) { eachPath(t, testImageConfiguration) }
+
+func testImageConfiguration(t *testing.T, x *docker.Executor) {
 	api := engine(t)
-	x := newExecutor(t)
 	spec := shell("grep -E ' (/data|/work|/deep/er) ' /proc/mounts; echo $FROM_IMAGE $HOME; touch /data/x /deep/er/x")
 	spec.Image = imageWith(t, api, "config", `VOLUME ["/data", "/work", "/deep/er"]`, `ENTRYPOINT ["/bin/false"]`,
 		"ENV FROM_IMAGE=yes HOME=/root", "HEALTHCHECK --interval=1s CMD touch /data/health", "WORKDIR /root")
@@ -279,7 +289,7 @@ func TestImageConfiguration(t *testing.T) {
 	if res.code() != 0 || strings.Count(res.out, "nosuid,nodev") != 3 || strings.Count(res.out, "size=16384k") != 3 || !strings.Contains(res.out, "yes /work") {
 		t.Fatal(res)
 	}
-	if len(got.Mounts) != 0 {
+	if len(got.Mounts) != 0 && !r.warm || len(got.Mounts) > 1 {
 		t.Fatalf("the image's volumes became real: %v", got.Mounts)
 	}
 	if test := got.Config.Healthcheck; test == nil || !slices.Equal(test.Test, []string{"NONE"}) {
@@ -287,9 +297,9 @@ func TestImageConfiguration(t *testing.T) {
 	}
 }
 
-func TestWhatCannotBeGivenIsRefused(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestWhatCannotBeGivenIsRefused(t *testing.T) { eachPath(t, testWhatCannotBeGivenIsRefused) }
+
+func testWhatCannotBeGivenIsRefused(t *testing.T, x *docker.Executor) {
 	for name, c := range map[string]struct {
 		change func(*executor.Spec)
 		class  executor.Class

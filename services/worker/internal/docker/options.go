@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"io/fs"
 	"log/slog"
 	"time"
 )
@@ -43,6 +44,9 @@ type Options struct {
 	// until it is removed.
 	Survive bool
 
+	// Warm bounds the containers that are kept started for jobs to come.
+	Warm Warm
+
 	// CallTimeout bounds one call of the engine (creating and starting a
 	// container get twice as long); 0: DefaultCallTimeout.
 	CallTimeout time.Duration
@@ -54,6 +58,17 @@ type Options struct {
 	KillBound time.Duration
 
 	Log *slog.Logger // nil: nothing is logged
+}
+
+// Warm are the bounds of the warm containers. The zero value keeps none.
+type Warm struct {
+	Containers int   // that wait at once
+	MemoryMB   int64 // MiB that the limits of all that wait come to
+	// Age is how long a shape of container is kept after it was asked for. One is
+	// kept when it has been asked for twice in that time.
+	Age time.Duration
+	// Init holds warm-init-amd64 and the like; nil: what is built in.
+	Init fs.FS
 }
 
 func (o *Options) setDefaults() {

@@ -43,6 +43,10 @@ const (
 	maxFileSize    = 1 << 30
 	oomScore       = 500
 	maxVolumes     = 16 // of an image
+
+	// hostname is the same for all: never this machine's name, and not the job's
+	// id, since a warm container is named before its job is known.
+	hostname = "job"
 )
 
 const (
@@ -246,7 +250,7 @@ func (p *plan) tmpfsOptions(o owner) string {
 func (p *plan) configure(img *imageFacts, f facts, opts *Options, user string, o owner) (*container.Config, *container.HostConfig) {
 	s := &p.spec
 	cfg := &container.Config{
-		Hostname:     hostname(s.JobID),
+		Hostname:     hostname,
 		User:         user,
 		AttachStdout: true, AttachStderr: true,
 		Image:           img.id, // not its name, which may be moved
@@ -262,13 +266,16 @@ func (p *plan) configure(img *imageFacts, f facts, opts *Options, user string, o
 	if len(s.Stdin) > 0 {
 		cfg.OpenStdin, cfg.StdinOnce, cfg.AttachStdin = true, true, true
 	}
-	// The entry point of the image is not what the job asked to run.
-	if len(s.Argv) > 0 {
-		cfg.Entrypoint, cfg.Cmd = s.Argv[:1], s.Argv[1:]
-	} else {
-		cfg.Entrypoint, cfg.Cmd = []string{"/bin/sh"}, []string{"-c", s.Shell}
-	}
+	cfg.Entrypoint, cfg.Cmd = p.command()
 	return cfg, p.hardening(img, f, opts.Runtime, o)
+}
+
+// command is what runs. The entry point of the image is not what the job asked for.
+func (p *plan) command() (entry, cmd []string) {
+	if argv := p.spec.Argv; len(argv) > 0 {
+		return argv[:1], argv[1:]
+	}
+	return []string{"/bin/sh"}, []string{"-c", p.spec.Shell}
 }
 
 // hardening is what holds for every container. Changing a line here changes
@@ -351,14 +358,6 @@ func (p *plan) environment(img *imageFacts) []string {
 		env = append(env, name+"="+s.Env[name])
 	}
 	return env
-}
-
-// hostname is the job's id where it can be one, never this machine's name.
-func hostname(job string) string {
-	if len(job) > 63 || strings.ContainsRune(job, '_') {
-		return "job"
-	}
-	return job
 }
 
 // isRoot reports whether the user part of "user[:group]" certainly is root.

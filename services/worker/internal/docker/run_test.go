@@ -23,9 +23,9 @@ import (
 	"github.com/cmdexec/cmdexec/services/worker/internal/executor"
 )
 
-func TestExitCodeAndOutput(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestExitCodeAndOutput(t *testing.T) { eachPath(t, testExitCodeAndOutput) }
+
+func testExitCodeAndOutput(t *testing.T, x *docker.Executor) {
 	if err := x.Probe(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -42,9 +42,9 @@ func TestExitCodeAndOutput(t *testing.T) {
 	}
 }
 
-func TestArgv(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestArgv(t *testing.T) { eachPath(t, testArgv) }
+
+func testArgv(t *testing.T, x *docker.Executor) {
 	for _, c := range []struct {
 		argv []string
 		code int
@@ -65,9 +65,9 @@ func TestArgv(t *testing.T) {
 	}
 }
 
-func TestStdin(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestStdin(t *testing.T) { eachPath(t, testStdin) }
+
+func testStdin(t *testing.T, x *docker.Executor) {
 	content := bytes.Repeat([]byte("0123456789abcdef"), 16<<10)
 	sum := sha256.Sum256(content)
 	spec := shell("sha256sum; echo end")
@@ -87,9 +87,9 @@ func TestStdin(t *testing.T) {
 	}
 }
 
-func TestEnvironment(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestEnvironment(t *testing.T) { eachPath(t, testEnvironment) }
+
+func testEnvironment(t *testing.T, x *docker.Executor) {
 	spec := shell(`echo "$A|$B|$HOME|$CMDEXEC_JOB_ID|$CMDEXEC_ATTEMPT"`)
 	spec.Env = map[string]string{"A": "x y\n=z", "B": "", "HOME": "/tmp"}
 	spec.Attempt = 2
@@ -98,9 +98,9 @@ func TestEnvironment(t *testing.T) {
 	}
 }
 
-func TestFiles(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestFiles(t *testing.T) { eachPath(t, testFiles) }
+
+func testFiles(t *testing.T, x *docker.Executor) {
 	spec := shell("")
 	spec.Argv = []string{"./sub/run.sh", "x"}
 	spec.Files = []executor.File{
@@ -124,9 +124,9 @@ func TestFiles(t *testing.T) {
 }
 
 // Several at once, since what keeps files in place is shared state of the engine.
-func TestFilesConcurrently(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestFilesConcurrently(t *testing.T) { eachPath(t, testFilesConcurrently) }
+
+func testFilesConcurrently(t *testing.T, x *docker.Executor) {
 	var all sync.WaitGroup
 	for i := range 8 {
 		all.Go(func() {
@@ -140,9 +140,9 @@ func TestFilesConcurrently(t *testing.T) {
 	all.Wait()
 }
 
-func TestWorkingDir(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestWorkingDir(t *testing.T) { eachPath(t, testWorkingDir) }
+
+func testWorkingDir(t *testing.T, x *docker.Executor) {
 	for dir, want := range map[string]string{
 		"": "/work\n", "a/b": "/work/a/b\n", "/work/c": "/work/c\n", "/tmp": "/tmp\n", ".": "/work\n",
 	} {
@@ -154,18 +154,18 @@ func TestWorkingDir(t *testing.T) {
 	}
 }
 
-func TestClosedOutputIsNotTheEnd(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestClosedOutputIsNotTheEnd(t *testing.T) { eachPath(t, testClosedOutputIsNotTheEnd) }
+
+func testClosedOutputIsNotTheEnd(t *testing.T, x *docker.Executor) {
 	if r := run(t, x, shell("echo x; exec >&- 2>&-; sleep 1; exit 5")); r.code() != 5 || r.out != "x\n" {
 		t.Fatal(r)
 	}
 }
 
 // A background process does not outlive the command or hold it up.
-func TestBackgroundProcess(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestBackgroundProcess(t *testing.T) { eachPath(t, testBackgroundProcess) }
+
+func testBackgroundProcess(t *testing.T, x *docker.Executor) {
 	began := time.Now()
 	if r := run(t, x, shell("setsid sleep 60 & nohup sleep 60 & echo x")); r.code() != 0 || r.out != "x\n" {
 		t.Fatal(r)
@@ -178,9 +178,9 @@ func TestBackgroundProcess(t *testing.T) {
 // bomb makes awk eat memory.
 const bomb = `awk 'BEGIN{s="xxxxxxxxxxxxxxxx"; while(1) s=s s}'`
 
-func TestMemoryBomb(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestMemoryBomb(t *testing.T) { eachPath(t, testMemoryBomb) }
+
+func testMemoryBomb(t *testing.T, x *docker.Executor) {
 	for i := range 5 { // the engine learns of it on another way than of the exit
 		spec := shell("exec " + bomb)
 		spec.MemoryMB = 24
@@ -211,9 +211,9 @@ func TestMemoryBomb(t *testing.T) {
 	}
 }
 
-func TestForkBomb(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestForkBomb(t *testing.T) { eachPath(t, testForkBomb) }
+
+func testForkBomb(t *testing.T, x *docker.Executor) {
 	spec := shell(`b() { b | b & }; b; while :; do sleep 1; done`)
 	spec.PIDs, spec.Timeout, spec.Grace, spec.CPU = 32, 3*time.Second, time.Second, 0.5
 	began := time.Now()
@@ -226,9 +226,9 @@ func TestForkBomb(t *testing.T) {
 	}
 }
 
-func TestDiskFiller(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestDiskFiller(t *testing.T) { eachPath(t, testDiskFiller) }
+
+func testDiskFiller(t *testing.T, x *docker.Executor) {
 	spec := shell(`for d in / /etc /usr /var /dev /root; do dd if=/dev/zero of=$d/x bs=1M count=64 2>/dev/null && echo wrote $d; done
 for d in /tmp /work; do dd if=/dev/zero of=$d/x bs=1M count=64 2>/dev/null; echo $d $(stat -c %s $d/x); rm $d/x; done
 cd /tmp; seq 40000 | xargs -n 1000 touch 2>/dev/null; n=$(ls | wc -l); rm -rf /tmp/*; [ $n -gt 1000 ] && [ $n -lt 16384 ] && echo inodes bounded
@@ -253,15 +253,12 @@ func (w *slowWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func TestOutputFlood(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestOutputFlood(t *testing.T) { eachPath(t, testOutputFlood) }
+
+func testOutputFlood(t *testing.T, x *docker.Executor) {
 	const size = 200 << 20
 	spec := shell(fmt.Sprintf("head -c %d /dev/zero; echo end >&2", size))
-	a, err := x.Prepare(t.Context(), spec)
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := prepare(t, x, spec)
 	defer a.Close()
 	out, errs := &slowWriter{wait: 20 * time.Millisecond}, &buffer{}
 	runtime.GC()
@@ -292,9 +289,9 @@ func TestOutputFlood(t *testing.T) {
 	}
 }
 
-func TestTimeout(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestTimeout(t *testing.T) { eachPath(t, testTimeout) }
+
+func testTimeout(t *testing.T, x *docker.Executor) {
 	// One that goes at the signal.
 	spec := shell("echo started; exec sleep 60")
 	spec.Timeout = time.Second
@@ -321,9 +318,10 @@ func TestTimeout(t *testing.T) {
 	}
 }
 
-func TestCancelWhileRunning(t *testing.T) {
+func TestCancelWhileRunning(t *testing.T) { eachPath(t, testCancelWhileRunning) }
+
+func testCancelWhileRunning(t *testing.T, x *docker.Executor) {
 	api := engine(t)
-	x := newExecutor(t)
 	spec := shell("trap 'echo bye; exit 6' TERM; echo started; while :; do sleep 0.1; done")
 	r := start(t, x, spec)
 	r.says("started")
@@ -355,9 +353,9 @@ func TestCancelWhileRunning(t *testing.T) {
 	}
 }
 
-func TestLeaseLostKillsAtOnce(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestLeaseLostKillsAtOnce(t *testing.T) { eachPath(t, testLeaseLostKillsAtOnce) }
+
+func testLeaseLostKillsAtOnce(t *testing.T, x *docker.Executor) {
 	spec := shell("trap 'echo signal; exit 0' TERM; echo started; while :; do sleep 0.1; done")
 	spec.Grace = 50 * time.Second
 	r := start(t, x, spec)
@@ -380,15 +378,13 @@ func TestLeaseLostKillsAtOnce(t *testing.T) {
 	}
 }
 
-func TestStopBeforeStart(t *testing.T) {
+func TestStopBeforeStart(t *testing.T) { eachPath(t, testStopBeforeStart) }
+
+func testStopBeforeStart(t *testing.T, x *docker.Executor) {
 	api := engine(t)
-	x := newExecutor(t)
 	spec := shell("echo ran")
 	spec.Files = []executor.File{{Path: "f"}}
-	a, err := x.Prepare(t.Context(), spec)
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := prepare(t, x, spec)
 	a.Stop(executor.StopCancel)
 	if err := a.Start(io.Discard, io.Discard); !errors.Is(err, executor.ErrStopped) {
 		t.Fatalf("got %v", err)
@@ -413,19 +409,16 @@ func TestStopBeforeStart(t *testing.T) {
 
 // Stops at every moment of short commands: each ends by itself or by the stop,
 // and none is left.
-func TestStopRaces(t *testing.T) {
+func TestStopRaces(t *testing.T) { eachPath(t, testStopRaces) }
+
+func testStopRaces(t *testing.T, x *docker.Executor) {
 	api := engine(t)
-	x := newExecutor(t)
 	var all sync.WaitGroup
 	for worker := range 4 {
 		all.Go(func() {
 			for i := range 4 {
 				spec := shell("echo x; sleep 0.1")
-				a, err := x.Prepare(t.Context(), spec)
-				if err != nil {
-					t.Error(err)
-					return
-				}
+				a := prepare(t, x, spec)
 				timer := time.AfterFunc(time.Duration(worker*4+i)*40*time.Millisecond, func() { a.Stop(executor.StopCancel) })
 				var out buffer
 				if err := a.Start(&out, io.Discard); err == nil {
@@ -453,15 +446,12 @@ func TestStopRaces(t *testing.T) {
 
 // A writer that blocks does not delay a stop, and what was written before it
 // arrives all the same.
-func TestBlockedWriter(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
+func TestBlockedWriter(t *testing.T) { eachPath(t, testBlockedWriter) }
+
+func testBlockedWriter(t *testing.T, x *docker.Executor) {
 	spec := shell("while :; do head -c 100000 /dev/zero; done")
 	spec.Timeout, spec.Grace = time.Second, time.Second
-	a, err := x.Prepare(t.Context(), spec)
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := prepare(t, x, spec)
 	defer a.Close()
 	release := make(chan struct{})
 	w := writerFunc(func(p []byte) (int, error) { <-release; return len(p), nil })
@@ -486,12 +476,11 @@ type writerFunc func([]byte) (int, error)
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 func TestFailingWriterLosesOnlyItsStream(t *testing.T) {
-	engine(t)
-	x := newExecutor(t)
-	a, err := x.Prepare(t.Context(), shell("head -c 1000000 /dev/zero; echo end >&2; exit 2"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	eachPath(t, testFailingWriterLosesOnlyItsStream)
+}
+
+func testFailingWriterLosesOnlyItsStream(t *testing.T, x *docker.Executor) {
+	a := prepare(t, x, shell("head -c 1000000 /dev/zero; echo end >&2; exit 2"))
 	defer a.Close()
 	var errs buffer
 	if err := a.Start(writerFunc(func([]byte) (int, error) { return 0, os.ErrClosed }), &errs); err != nil {
@@ -503,9 +492,10 @@ func TestFailingWriterLosesOnlyItsStream(t *testing.T) {
 }
 
 // A container that somebody else pauses or removes.
-func TestSomebodyElseInterferes(t *testing.T) {
+func TestSomebodyElseInterferes(t *testing.T) { eachPath(t, testSomebodyElseInterferes) }
+
+func testSomebodyElseInterferes(t *testing.T, x *docker.Executor) {
 	api := engine(t)
-	x := newExecutor(t)
 	spec := shell("echo started; sleep 60")
 	spec.Grace = 0
 	r := start(t, x, spec)
@@ -579,14 +569,19 @@ func TestRecoverAndReap(t *testing.T) {
 	}
 }
 
-// ofLease lists the containers of a lease.
+// ofLease lists the containers of a lease: by its label, or where they had to be
+// made before it was known, by the name they have been given.
 func ofLease(t *testing.T, api containerLister, lease string) []container.Summary {
 	t.Helper()
 	all, err := api.ContainerList(context.Background(), container.ListOptions{All: true})
 	if err != nil {
 		t.Error(err)
 	}
-	return slices.DeleteFunc(all, func(c container.Summary) bool { return c.Labels["cmdexec.lease"] != lease })
+	named := "/cmdexec-job-t" + lease[strings.LastIndex(lease, "-")+1:] + "-"
+	return slices.DeleteFunc(all, func(c container.Summary) bool {
+		byName := c.Labels["cmdexec.warm"] != "" && slices.ContainsFunc(c.Names, func(n string) bool { return strings.HasPrefix(n, named) })
+		return c.Labels["cmdexec.lease"] != lease && !byName
+	})
 }
 
 type containerLister interface {

@@ -249,6 +249,8 @@ type Exit struct {
 	// ImageDigest names the image that the attempt ran in; empty for host
 	// processes.
 	ImageDigest string
+	// Warm says that the container had been started before the attempt came.
+	Warm bool
 
 	StartedAt  time.Time
 	FinishedAt time.Time // when the main process had ended

@@ -293,7 +293,7 @@ func (a *attempt) resultOf(exit executor.Exit) *workerproto.Result {
 	res := a.newResult()
 	res.StartedAt, res.FinishedAt = job.Timestamp(exit.StartedAt), job.Timestamp(exit.FinishedAt)
 	res.ExitCode, res.Signal, res.OOMKilled, res.Message = exit.Code, exit.Signal, exit.OOMKilled, clip(exit.Reason)
-	res.PeakMemoryMB, res.CPUMs, res.ImageDigest = exit.PeakMemoryMB, exit.CPUms, exit.ImageDigest
+	res.PeakMemoryMB, res.CPUMs, res.ImageDigest, res.Warm = exit.PeakMemoryMB, exit.CPUms, exit.ImageDigest, exit.Warm
 	if exit.Stop != nil {
 		a.describeStop(res, exit.Stop, exit.Survivors)
 	}

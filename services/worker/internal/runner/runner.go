@@ -255,6 +255,13 @@ func (r *Runner) Drain(on bool) {
 	r.draining = on
 }
 
+// Draining reports whether no new work is taken.
+func (r *Runner) Draining() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.draining || r.stopping
+}
+
 // Heard notes that the scheduler answered something that was sent at sentAt.
 func (r *Runner) Heard(sentAt time.Duration) {
 	r.mu.Lock()
