@@ -77,6 +77,8 @@ func queueOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
+	row("its start with them to the first assignment", "%8.2f s", s.First.Sub(started).Seconds())
+	row(fmt.Sprintf("assignments, each a synced write, %d", s.Taken), "%8.0f /s", float64(s.Taken-1)/s.Last.Sub(s.First).Seconds())
 	full, err := d.rss(scheduler)
 	if err != nil {
 		return err
@@ -85,10 +87,8 @@ func queueOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
-	row("its start with them to the first assignment", "%8.2f s", s.First.Sub(started).Seconds())
 	row("its memory: all workers full / settled", "%8.1f / %.1f MB", mb(full), mb(rest.rss))
 	row("CPU of it, heartbeats of all workers", "%8.1f %% of a core", 100*rest.share)
-	row(fmt.Sprintf("assignments, each a synced write, %d", s.Taken), "%8.0f /s", float64(s.Taken-1)/s.Last.Sub(s.First).Seconds())
 	row("attempts started twice", "%8d", s.Repeated)
 	return nil
 }
