@@ -23,8 +23,8 @@ import (
 
 // Times of the row.
 const (
-	fleetSettle = 30 * time.Second // of heartbeats, until memory is looked at again
-	fleetWatch  = 20 * time.Second // of heartbeats, in which the edge's CPU is counted
+	fleetSettle = 20 * time.Second // of heartbeats, until memory is looked at again
+	fleetWatch  = 15 * time.Second // of heartbeats, in which the edge's CPU is counted
 	fleetBack   = 3 * time.Minute  // at most, until all workers are there
 )
 
@@ -176,7 +176,9 @@ func fleetOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
+	perThousand := func(rss int64) float64 { return mb(rss-empty) * 1000 / float64(p.fleet) }
 	busy := min(p.busy, p.fleet)
+	fmt.Printf("\nfleet: %d workers by WebSocket, %d with a running attempt, one edge; %s\n", p.fleet, busy, d.what)
 	began := time.Now()
 	f, err := d.startFleet(ctx, "-n", strconv.Itoa(p.fleet), "-busy", strconv.Itoa(busy))
 	if err != nil {
@@ -187,7 +189,7 @@ func fleetOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
-	arrived := s.LastUp.Sub(began)
+	row("all connected, after", "%8.1f s", s.LastUp.Sub(began).Seconds())
 	crowded, err := d.rss(edge)
 	if err != nil {
 		return err
@@ -206,6 +208,8 @@ func fleetOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
+	row("edge's memory for 1,000: at once / settled", "%8.1f / %.1f MB (%.1f MB without workers)", perThousand(crowded), perThousand(idle.rss), mb(empty))
+	row("CPU of the edge, heartbeats every 5 s", "%8.1f %% of a core", 100*idle.share)
 
 	if err := d.end(edge, syscall.SIGKILL); err != nil {
 		return err
@@ -217,7 +221,7 @@ func fleetOf(ctx context.Context, p plan) error {
 	if s, err = f.await(ctx, "workers again", func(s fleetStatus) bool { return all(s) && s.LastUp.After(killed) }); err != nil {
 		return err
 	}
-	back := s.LastUp.Sub(killed)
+	row("all back after kill -9 of the edge", "%8.1f s", s.LastUp.Sub(killed).Seconds())
 	stormed, err := d.rss(edge)
 	if err != nil {
 		return err
@@ -226,19 +230,12 @@ func fleetOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
+	row("edge's memory for 1,000: at once / settled", "%8.1f / %.1f MB", perThousand(stormed), perThousand(again.rss))
 	restarted, err := f.attempts(ctx, c, jobs)
 	if err != nil {
 		return err
 	}
 	s = f.now()
-
-	perThousand := func(rss int64) float64 { return mb(rss-empty) * 1000 / float64(p.fleet) }
-	fmt.Printf("\nfleet: %d workers by WebSocket, %d with a running attempt, one edge; %s\n", p.fleet, busy, d.what)
-	row("all connected, after", "%8.1f s", arrived.Seconds())
-	row("edge's memory for 1,000: at once / settled", "%8.1f / %.1f MB (%.1f MB without workers)", perThousand(crowded), perThousand(idle.rss), mb(empty))
-	row("CPU of the edge, heartbeats every 5 s", "%8.1f %% of a core", 100*idle.share)
-	row("all back after kill -9 of the edge", "%8.1f s", back.Seconds())
-	row("edge's memory for 1,000: at once / settled", "%8.1f / %.1f MB", perThousand(stormed), perThousand(again.rss))
 	row("leases lost: stale / not confirmed in time", "%8d / %d", s.Stale, s.Lapsed)
 	row("attempts started twice / jobs not in their first", "%8d / %d", s.Repeated, restarted)
 	return nil

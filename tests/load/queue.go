@@ -10,11 +10,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/cmdexec/cmdexec/libs/core/api"
+	"github.com/cmdexec/cmdexec/libs/kit/auth"
 )
 
 // The row queue has this many workers, of so many kinds by their labels, and so
@@ -23,8 +23,8 @@ const (
 	queueWorkers = 1000
 	queueKinds   = 20
 	queueSlots   = 10
+	queueOwners  = 4   // users, each with a part of the queue
 	queueBatch   = 500 // jobs of one call
-	queueCalls   = 4   // at once
 )
 
 // queueOf measures a scheduler with a long queue: its memory, its start, and how
@@ -44,16 +44,18 @@ func queueOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
-	c := newClient(d.url, d.token)
+	fmt.Printf("\nqueue: %d jobs, %d workers of %d kinds; %s\n", p.backlog, queueWorkers, queueKinds, d.what)
 	began := time.Now()
-	if err := c.fill(ctx, p.backlog); err != nil {
+	if err := d.fill(ctx, p.backlog); err != nil {
 		return fmt.Errorf("make the queue: %w", err)
 	}
-	filled := time.Since(began)
+	row("jobs created by POST /api/jobs/batch", "%8.0f /s", float64(p.backlog)/time.Since(began).Seconds())
 	waiting, err := d.rss(scheduler)
 	if err != nil {
 		return err
 	}
+
+	row("scheduler's memory: no job / all waiting", "%8.1f / %.1f MB", mb(empty), mb(waiting))
 
 	// Workers that come while nobody leads are known to the registry and wait.
 	if err := d.end(scheduler, syscall.SIGTERM); err != nil {
@@ -75,6 +77,8 @@ func queueOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
+	row("its start with them to the first assignment", "%8.2f s", s.First.Sub(started).Seconds())
+	row(fmt.Sprintf("assignments, each a synced write, %d", s.Taken), "%8.0f /s", float64(s.Taken-1)/s.Last.Sub(s.First).Seconds())
 	full, err := d.rss(scheduler)
 	if err != nil {
 		return err
@@ -83,38 +87,31 @@ func queueOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
-
-	fmt.Printf("\nqueue: %d jobs through POST /api/jobs/batch (%.0f s), %d workers of %d kinds; %s\n", p.backlog, filled.Seconds(), queueWorkers, queueKinds, d.what)
-	row("scheduler's memory: no job / all waiting", "%8.1f / %.1f MB", mb(empty), mb(waiting))
-	row("its start with them to the first assignment", "%8.2f s", s.First.Sub(started).Seconds())
 	row("its memory: all workers full / settled", "%8.1f / %.1f MB", mb(full), mb(rest.rss))
 	row("CPU of it, heartbeats of all workers", "%8.1f %% of a core", 100*rest.share)
-	row(fmt.Sprintf("assignments, each a synced write, %d", s.Taken), "%8.0f /s", float64(s.Taken-1)/s.Last.Sub(s.First).Seconds())
 	row("attempts started twice", "%8d", s.Repeated)
 	return nil
 }
 
 // fill creates jobs of all kinds, priorities and sizes that the workers of the row
-// can take.
-func (c *client) fill(ctx context.Context, jobs int) error {
-	var next atomic.Int64
-	errs := make([]error, queueCalls)
+// can take, each owner its part.
+func (d *deployment) fill(ctx context.Context, jobs int) error {
+	errs := make([]error, queueOwners)
 	var wg sync.WaitGroup
-	for n := range queueCalls {
+	for n := range queueOwners {
+		token, err := auth.MintUser([]byte(userSecret), fmt.Sprintf("load-%d", n), auth.RoleUser, time.Hour, time.Now())
+		if err != nil {
+			return err
+		}
+		c := newClient(d.url, token)
 		wg.Go(func() {
-			for ctx.Err() == nil {
-				from := int(next.Add(queueBatch)) - queueBatch
-				if from >= jobs {
-					return
-				}
-				if errs[n] = c.batch(ctx, from, min(from+queueBatch, jobs)); errs[n] != nil {
-					return
-				}
+			for from := n * queueBatch; from < jobs && errs[n] == nil; from += queueOwners * queueBatch {
+				errs[n] = c.batch(ctx, from, min(from+queueBatch, jobs))
 			}
 		})
 	}
 	wg.Wait()
-	return errors.Join(append(errs, ctx.Err())...)
+	return errors.Join(errs...)
 }
 
 // batch creates the jobs of those numbers.
