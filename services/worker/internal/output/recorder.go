@@ -21,6 +21,9 @@ import (
 const (
 	// flushAfter is how long a piece of output may wait for more of its kind.
 	flushAfter = 20 * time.Millisecond
+	// firstAfter is that of the first one: who waits for a command sees at once that
+	// it has begun.
+	firstAfter = 2 * time.Millisecond
 	// chunkBytes is where a chunk is cut without waiting.
 	chunkBytes = 32 << 10
 	// maxTailBytes and maxTailPieces bound the memory that the kept tail of one
@@ -210,7 +213,11 @@ func (r *Recorder) write(s workerproto.Stream, p []byte) {
 		}
 	}
 	if len(r.pending) > 0 && r.timer == nil {
-		r.timer = time.AfterFunc(flushAfter, r.flush)
+		after := flushAfter
+		if r.seq == 0 {
+			after = firstAfter
+		}
+		r.timer = time.AfterFunc(after, r.flush)
 	}
 }
 

@@ -58,7 +58,11 @@ func (m *room) give(r job.Resources) {
 func (r *Runner) admit(a *attempt) {
 	r.room.take(a.spec.Resources)
 	a.inside = true
-	a.quiet = time.AfterFunc(quietFor, func() { r.report(a) })
+	quiet := quietFor
+	if a.spec.ContainerImage != "" {
+		quiet = 0 // a container alone takes longer than that to remove
+	}
+	a.quiet = time.AfterFunc(quiet, func() { r.report(a) })
 	close(a.turn)
 }
 

@@ -475,6 +475,30 @@ func TestLongAttemptTellsItsSteps(t *testing.T) {
 	})
 }
 
+// What a container prints is seen before the container is removed.
+func TestContainersTellTheirStepsAtOnce(t *testing.T) {
+	in(t, 1, func(t *testing.T, b *bench) {
+		cfg := b.config(1)
+		cfg.Executors = map[string]executor.Executor{job.ExecutorDocker: b.x}
+		var err error
+		if b.r, err = New(cfg); err != nil {
+			t.Fatal(err)
+		}
+		s := spec()
+		s.ContainerImage = "image"
+		b.x.scripts[lease(1).LeaseID] = script{output: say("early")}
+		b.r.Assign(workerproto.Assignment{Lease: lease(1), LeaseSeconds: 60, Job: s}, b.clock.Now())
+		time.Sleep(5 * time.Millisecond)
+		synctest.Wait()
+		b.expect("started job-1", "output job-1 1")
+		b.end(lease(1))
+		b.ackOutput(lease(1), 1)
+		b.expect("result job-1 succeeded")
+		b.ackResult(lease(1))
+		b.wantIdle()
+	})
+}
+
 func TestSlowPreparationTellsItsSteps(t *testing.T) {
 	in(t, 1, func(t *testing.T, b *bench) {
 		b.assign(lease(1), script{slowPrepare: true})
