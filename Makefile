@@ -89,7 +89,7 @@ test: build-race ## Run all tests under -race: unit tests, then end to end (REQU
 	@go build -o bin/tools/testsum ./tests/tools/testsum
 	@CGO_ENABLED=1 CMDEXEC_BIN_DIR="$(CURDIR)/bin/race" bin/tools/testsum \
 		-race -vet=off -count=1 -timeout=5m $(ARCH_PKGS) \
-		-- -race -vet=off -timeout=20m $(UNIT_PKGS) \
+		-- -race -vet=off -timeout=30m $(UNIT_PKGS) \
 		-- -race -vet=off -count=1 -timeout=30m ./tests/api/... ./tests/deploy/... \
 		$(foreach f,$(FORMS),-- -race -vet=off -count=1 -timeout=30m ./tests/e2e/... $(RUN_$(f)) -args -form=$(f)) \
 		$(if $(CHAOS),-- -race -vet=off -count=1 -timeout=15m -parallel=3 ./tests/chaos)
