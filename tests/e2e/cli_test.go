@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,6 +26,32 @@ func (s *system) cli(args ...string) *exec.Cmd {
 	cmd.Env = append(s.env(), "PATH="+os.Getenv("PATH"), "HOME="+s.dir, "GORACE=halt_on_error=1")
 	cmd.Dir = s.dir
 	return cmd
+}
+
+// What `up` prints makes tokens for the instance that was started last, wherever its
+// data is, and makes no secrets of its own.
+func (s *system) tokenOfTheLastInstance(t *testing.T) {
+	home := t.TempDir()
+	data := filepath.Join(home, "elsewhere")
+	token := func(args ...string) string {
+		cmd := s.cli(append([]string{"token", "user"}, args...)...)
+		cmd.Env = []string{"HOME=" + home, "PATH=" + os.Getenv("PATH"), "GORACE=halt_on_error=1"}
+		got := finish(t, cmd)
+		if got.code != 0 {
+			t.Fatalf("token %v: %+v", args, got)
+		}
+		return got.out
+	}
+	token("--data-dir", data) // makes the secrets, as `up` does
+	config := filepath.Join(home, ".config", "cmdexec")
+	context := fmt.Sprintf(`{"server":"http://127.0.0.1:1","token":"x","dataDir":%q}`, data)
+	if err := errors.Join(os.MkdirAll(config, 0o700), os.WriteFile(filepath.Join(config, "context.json"), []byte(context), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	token()
+	if entries, err := os.ReadDir(filepath.Join(home, ".local")); err == nil {
+		t.Errorf("secrets of nobody were made: %v", entries)
+	}
 }
 
 type result struct {
@@ -104,6 +131,7 @@ func TestCLI(t *testing.T) {
 		t.Errorf("version: %+v", got)
 	}
 
+	t.Run("the token of an instance with its data elsewhere", s.tokenOfTheLastInstance)
 	t.Run("documents", func(t *testing.T) { s.documents(t, admin.in(t)) })
 	t.Run("further flags", func(t *testing.T) { s.furtherFlags(t, admin.in(t)) })
 	t.Run("rerun", func(t *testing.T) { s.rerun(t, admin.in(t), id) })

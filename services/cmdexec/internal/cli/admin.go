@@ -27,7 +27,7 @@ func (a *app) tokenCommand() *cobra.Command {
 	var ttl time.Duration
 	var dir string
 	cmd.PersistentFlags().DurationVar(&ttl, "ttl", 24*time.Hour, "how long the token is good, at most 24h")
-	cmd.PersistentFlags().StringVar(&dir, "data-dir", "", "data folder of the local instance (DATA_DIR)")
+	cmd.PersistentFlags().StringVar(&dir, "data-dir", "", "data folder of the local instance (DATA_DIR); default that of the last cmdexec up")
 
 	var name, role string
 	user := &cobra.Command{

@@ -12,8 +12,9 @@ import (
 
 // Context says which server to talk to, and as whom.
 type Context struct {
-	Server string `json:"server"`
-	Token  string `json:"token"`
+	Server  string `json:"server"`
+	Token   string `json:"token"`
+	DataDir string `json:"dataDir,omitempty"` // of that server, which is here: where its secrets are
 }
 
 // File is the path of the context file: context.json in $XDG_CONFIG_HOME/cmdexec,

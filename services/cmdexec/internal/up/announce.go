@@ -63,7 +63,7 @@ func (a *announcer) saveContext() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return token, cliContext.Save(cliContext.Context{Server: a.url(), Token: token})
+	return token, cliContext.Save(cliContext.Context{Server: a.url(), Token: token, DataDir: a.dir})
 }
 
 // await waits until everything is ready, so that what is printed is true.

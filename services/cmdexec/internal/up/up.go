@@ -29,6 +29,7 @@ import (
 	"github.com/cmdexec/cmdexec/libs/store/redisstore"
 	"github.com/cmdexec/cmdexec/libs/store/sqlitestore"
 	gateway "github.com/cmdexec/cmdexec/services/api-gateway"
+	cliContext "github.com/cmdexec/cmdexec/services/cmdexec/internal/context"
 	persister "github.com/cmdexec/cmdexec/services/registry-persister"
 	collector "github.com/cmdexec/cmdexec/services/result-collector"
 	"github.com/cmdexec/cmdexec/services/scheduler"
@@ -325,7 +326,8 @@ func (s *stack) close() {
 }
 
 // Secrets finds the secrets of the local instance: those of the environment,
-// else those that `up` keeps in its data folder.
+// else those that `up` keeps in its data folder, which is that of the instance that was
+// started last where nothing is said.
 func Secrets(dir string) (Keys, error) {
 	cfg, err := config.Load[Config]()
 	if err != nil {
@@ -333,6 +335,13 @@ func Secrets(dir string) (Keys, error) {
 	}
 	if dir != "" {
 		cfg.DataDir = dir
+	}
+	if cfg.DataDir == "" {
+		last, err := cliContext.Load()
+		if err != nil {
+			return Keys{}, err
+		}
+		cfg.DataDir = last.DataDir
 	}
 	given := secrets{JWT: cfg.JWTSecret.Reveal(), Worker: cfg.WorkerTokenSecret.Reveal()}
 	if given.JWT != "" && given.Worker != "" {
