@@ -486,8 +486,12 @@ func TestContainersTellTheirStepsAtOnce(t *testing.T) {
 		}
 		s := spec()
 		s.ContainerImage = "image"
-		b.x.scripts[lease(1).LeaseID] = script{output: say("early")}
+		b.x.scripts[lease(1).LeaseID] = script{slowPrepare: true, output: say("early")}
 		b.r.Assign(workerproto.Assignment{Lease: lease(1), LeaseSeconds: 60, Job: s}, b.clock.Now())
+		time.Sleep(time.Millisecond)
+		synctest.Wait()
+		b.expect("preparing job-1")
+		close(b.command(lease(1)).ready)
 		time.Sleep(5 * time.Millisecond)
 		synctest.Wait()
 		b.expect("started job-1", "output job-1 1")
