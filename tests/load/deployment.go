@@ -270,3 +270,17 @@ func usageOf(process int) (u usage, err error) {
 	u.rss = pages * int64(os.Getpagesize())
 	return u, err
 }
+
+// startWarmed is startSplit after the first jobs, which are slower than all others.
+func startWarmed(ctx context.Context, p plan) (*deployment, *client, error) {
+	d, err := startSplit(ctx, p)
+	if err != nil {
+		return nil, nil, err
+	}
+	c := newClient(d.url, d.token)
+	if _, err := c.throughput(ctx, warm, p.clients); err != nil {
+		d.stop()
+		return nil, nil, fmt.Errorf("warm up: %w", err)
+	}
+	return d, c, nil
+}

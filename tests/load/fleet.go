@@ -19,6 +19,7 @@ import (
 
 	"github.com/cmdexec/cmdexec/libs/core/api"
 	"github.com/cmdexec/cmdexec/libs/core/job"
+	"github.com/cmdexec/cmdexec/libs/kit/lifecycle"
 )
 
 // Times of the row.
@@ -87,20 +88,9 @@ func (f *fleetProcess) await(ctx context.Context, what string, reached func(flee
 		case time.Now().After(late):
 			return s, fmt.Errorf("%s: not within %v: %+v", what, fleetBack, s)
 		}
-		if err := sleep(ctx, fleetReport); err != nil {
+		if err := lifecycle.Sleep(ctx, fleetReport); err != nil {
 			return s, err
 		}
-	}
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }
 
@@ -152,7 +142,7 @@ func (d *deployment) busyShare(ctx context.Context, program string) (float64, er
 	if err != nil {
 		return 0, err
 	}
-	if err := sleep(ctx, fleetWatch); err != nil {
+	if err := lifecycle.Sleep(ctx, fleetWatch); err != nil {
 		return 0, err
 	}
 	after, err := usageOf(cmd.Process.Pid)
@@ -248,7 +238,7 @@ type settled struct {
 }
 
 func (d *deployment) settled(ctx context.Context, program string) (s settled, err error) {
-	if err := sleep(ctx, fleetSettle); err != nil {
+	if err := lifecycle.Sleep(ctx, fleetSettle); err != nil {
 		return s, err
 	}
 	if s.share, err = d.busyShare(ctx, program); err != nil {

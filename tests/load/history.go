@@ -55,15 +55,11 @@ type finished struct {
 func history(ctx context.Context, p plan) error {
 	h := &finished{jobs: p.history.jobs, begin: time.Now().Add(-historySpan)}
 	p.fill = h.fill
-	d, err := startSplit(ctx, p)
+	d, c, err := startWarmed(ctx, p)
 	if err != nil {
 		return err
 	}
 	defer d.stop()
-	c := newClient(d.url, d.token)
-	if _, err := c.throughput(ctx, warm, p.clients); err != nil {
-		return fmt.Errorf("warm up: %w", err)
-	}
 	now := time.Now()
 	adminToken, adminErr := auth.MintUser([]byte(userSecret), "admin", auth.RoleAdmin, time.Hour, now)
 	rareToken, rareErr := auth.MintUser([]byte(userSecret), historyRarely, auth.RoleUser, time.Hour, now)

@@ -48,15 +48,11 @@ func printingJob(megabytes int) string {
 // output measures one job that prints much: how fast the worker takes it, what
 // worker and edge hold of it, and what other jobs notice.
 func output(ctx context.Context, p plan) error {
-	d, err := startSplit(ctx, p)
+	d, c, err := startWarmed(ctx, p)
 	if err != nil {
 		return err
 	}
 	defer d.stop()
-	c := newClient(d.url, d.token)
-	if _, err := c.throughput(ctx, warm, p.clients); err != nil {
-		return fmt.Errorf("warm up: %w", err)
-	}
 	bare, err := printRate(ctx, p.output.megabytes)
 	if err != nil {
 		return err
@@ -240,15 +236,11 @@ const (
 // followers measures many readers of one job's live output.
 func followers(ctx context.Context, p plan) error {
 	p.env = append(p.env, "MAX_STREAMS_PER_USER=0")
-	d, err := startSplit(ctx, p)
+	d, c, err := startWarmed(ctx, p)
 	if err != nil {
 		return err
 	}
 	defer d.stop()
-	c := newClient(d.url, d.token)
-	if _, err := c.throughput(ctx, warm, p.clients); err != nil {
-		return fmt.Errorf("warm up: %w", err)
-	}
 	programs := []string{"api-gateway", "nats-server", "registry-persister"}
 	before, err := d.cpu(programs)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cmdexec/cmdexec/libs/core/api"
 	"github.com/cmdexec/cmdexec/libs/kit/auth"
+	"github.com/cmdexec/cmdexec/libs/kit/lifecycle"
 )
 
 // The row queue has this many workers, of so many kinds by their labels, and so
@@ -65,7 +66,7 @@ func queueOf(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
-	if err := sleep(ctx, fleetSettle); err != nil {
+	if err := lifecycle.Sleep(ctx, fleetSettle); err != nil {
 		return err
 	}
 	started := time.Now()
