@@ -33,11 +33,11 @@ func (s settings) Check() error {
 
 // gcPercent: an edge is as large as its sessions, of which nearly all are idle. With
 // the default as much again would be garbage before it is collected.
-const gcPercent = 25
+const gcPercent, defaultGCPercent = 25, 100
 
 func main() {
-	if _, said := os.LookupEnv("GOGC"); !said {
-		debug.SetGCPercent(gcPercent)
+	if set := debug.SetGCPercent(gcPercent); set != defaultGCPercent {
+		debug.SetGCPercent(set) // GOGC says otherwise
 	}
 	host.Main("worker-edge", "127.0.0.1:9101", os.Exit, build)
 }
