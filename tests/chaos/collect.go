@@ -188,6 +188,9 @@ func (s *scene) consumers(ctx context.Context) error {
 // mostFollowers is two schedulers, two gateways, two edges, and room.
 const mostFollowers = 8
 
+// mostWarm is what a worker keeps by default.
+const mostWarm = 2
+
 // waiting says which streams have too many consumers, or consumers that have not
 // acknowledged what was delivered to them.
 func waiting(ctx context.Context, js jetstream.JetStream) error {
@@ -220,8 +223,16 @@ func (s *scene) left(ctx context.Context) []string {
 		if err != nil {
 			found = append(found, err.Error())
 		}
+		waiting := 0
 		for _, c := range containers {
-			found = append(found, fmt.Sprintf("container %s (%s) of %s, attempt %s", c.ID, c.State, c.Labels[rig.JobLabel], c.Labels[rig.AttemptLabel]))
+			if c.Waits() {
+				waiting++
+				continue
+			}
+			found = append(found, fmt.Sprintf("container %s (%s) %s", c.ID, c.State, strings.Join(c.Names, " ")))
+		}
+		if most := mostWarm * len(s.rig.Workers()); waiting > most {
+			found = append(found, fmt.Sprintf("%d containers that wait, %d at most may", waiting, most))
 		}
 	}
 	for _, w := range s.rig.Workers() {

@@ -90,7 +90,7 @@ func (s *scene) containers(ctx context.Context, j *api.Job) ([]string, error) {
 	}
 	var ids []string
 	for _, c := range all {
-		if c.Labels[rig.JobLabel] == j.JobID && c.Labels[rig.AttemptLabel] == strconv.Itoa(j.Attempt) {
+		if c.Runs(j.JobID, j.Attempt) {
 			ids = append(ids, c.ID)
 		}
 	}

@@ -24,9 +24,12 @@ import (
 	"github.com/cmdexec/cmdexec/tests/chaos/rig"
 )
 
-// mostOpen bounds the jobs that have not ended, so that a run stays within what
-// the machine can do.
-const mostOpen = 60
+// The most jobs that have not ended, so that a run stays within what the machine
+// can do: little is queued before the job that shows the end of a fault.
+const (
+	mostOpen       = 60
+	mostContainers = 16 // where each is a container
+)
 
 // load is the users: they submit jobs, try again under the same key until they
 // are answered, cancel some, and look at them by reads and by events.
@@ -89,6 +92,10 @@ func (l *load) resume() {
 
 // mayGo waits while the load is paused or too much is open.
 func (l *load) mayGo(ctx context.Context) bool {
+	most := mostOpen
+	if l.rig.Engine != nil {
+		most = mostContainers
+	}
 	for ctx.Err() == nil {
 		l.mu.Lock()
 		paused, open := l.paused, len(l.open)
@@ -98,7 +105,7 @@ func (l *load) mayGo(ctx context.Context) bool {
 		case <-ctx.Done():
 			return false
 		}
-		if open < mostOpen {
+		if open < most {
 			return true
 		}
 		wait(ctx, 100*time.Millisecond)

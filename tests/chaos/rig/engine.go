@@ -34,18 +34,29 @@ type Engine struct {
 	http *http.Client
 }
 
-// Container is one that carries a worker's labels.
+// Container is one that carries a worker's label.
 type Container struct {
-	ID     string
-	Labels map[string]string
-	State  string
+	ID    string
+	Names []string
+	State string
 }
 
-// The labels by which the containers of an attempt are found.
-const (
-	JobLabel     = "cmdexec.job"
-	AttemptLabel = "cmdexec.attempt"
-)
+const workerLabel = "cmdexec.worker"
+
+// Runs reports whether it is the container of an attempt. Names say so, since one
+// that was started before its job came has no label of it.
+func (c *Container) Runs(jobID string, attempt int) bool {
+	return c.named("/cmdexec-" + jobID + "-" + strconv.Itoa(attempt) + "-")
+}
+
+// Waits reports whether it is kept for a job that may come.
+func (c *Container) Waits() bool {
+	return c.named("/cmdexec-warm-") && (c.State == "created" || c.State == "running")
+}
+
+func (c *Container) named(prefix string) bool {
+	return slices.ContainsFunc(c.Names, func(name string) bool { return strings.HasPrefix(name, prefix) })
+}
 
 const imageName = "cmdexec-chaos/job"
 
@@ -180,10 +191,10 @@ func (e *Engine) importImage(ctx context.Context, program string) error {
 	return e.call(ctx, http.MethodPost, "/images/create?fromSrc=-&repo="+url.QueryEscape(imageName)+"&tag=1", &image, nil)
 }
 
-// Containers lists those that jobs have, ended ones too.
+// Containers lists those of all workers, ended ones too.
 func (e *Engine) Containers(ctx context.Context) ([]Container, error) {
 	var all []Container
-	filter := url.QueryEscape(`{"label":["` + JobLabel + `"]}`)
+	filter := url.QueryEscape(`{"label":["` + workerLabel + `"]}`)
 	return all, e.call(ctx, http.MethodGet, "/containers/json?all=1&filters="+filter, nil, &all)
 }
 

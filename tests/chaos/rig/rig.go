@@ -456,7 +456,7 @@ func (r *Rig) AddWorkerOf(o WorkerOptions) (*Worker, error) {
 		"DATA_DIR=" + w.Dir, "ADMIN_ADDR=off", "SLOTS=6",
 	}
 	if r.Engine != nil {
-		env = append(env, "EXECUTORS=docker", "DOCKER_HOST="+r.Engine.Host(), "WARM_CONTAINERS=0") // its faults find containers by their job's labels
+		env = append(env, "EXECUTORS=docker", "DOCKER_HOST="+r.Engine.Host())
 	} else {
 		env = append(env, "EXECUTORS=process")
 	}

@@ -13,9 +13,11 @@ import (
 // pool keeps warm containers for the shapes that were asked for lately. It is safe
 // for concurrent use. Its one goroutine begins with the first question.
 //
-// Containers are made one at a time, and only while no attempt is being prepared or
-// started: a job never waits for one that is meant for another. What fails here is
-// no job's failure. The attempt takes the cold path, and the pool rests for a while.
+// Containers are made one at a time, and while no attempt is being prepared or
+// started, so that a job seldom shares the engine with one that is meant for another;
+// if there is no such moment for a while, one is made all the same. What fails here
+// is no job's failure. The attempt takes the cold path, and the pool rests for a
+// while.
 type pool struct {
 	x      *Executor
 	limits Warm
@@ -34,6 +36,7 @@ type pool struct {
 	never   bool // nor later
 	busy    int  // attempts that are being prepared or started
 	quietAt time.Time
+	dueAt   time.Time // when one is made even if it is not quiet; zero: none is wanted
 	shapes  map[shape]*demand
 	idle    []*warm // the longest waiting first
 	volume  *initVolume
@@ -52,6 +55,8 @@ const (
 	// pause is for an attempt that has just been started, so that it has the engine
 	// and the machine for itself until it has said something, or ended if it is short.
 	pause = 200 * time.Millisecond
+	// patience is how long a container that is wanted waits for a quiet moment.
+	patience = time.Second
 	// restFor is how long nothing is made after something went wrong.
 	restFor = 10 * time.Second
 	// maxShapes bounds what is remembered.
@@ -198,26 +203,51 @@ func (p *pool) next(now time.Time) step {
 		count[w.shape]++
 		memory += w.shape.memoryMB
 	}
-	switch {
-	case len(p.idle) == 0 && len(p.shapes) == 0:
+	if len(p.idle) == 0 && len(p.shapes) == 0 {
 		s.empty = true
 		return s
-	case p.busy > 0:
-		return s
-	case now.Before(p.quietAt):
-		s.look = sooner(s.look, p.quietAt)
+	}
+	sh, drop := p.choose(count, memory)
+	if sh == nil {
+		p.dueAt = time.Time{}
 		return s
 	}
+	if at := p.makeAt(now); now.Before(at) {
+		s.look = sooner(s.look, at)
+		return s
+	}
+	if drop != nil {
+		return step{drop: p.remove(drop)}
+	}
+	p.dueAt = time.Time{}
+	s.make, s.image = sh, p.shapes[*sh].image
+	return s
+}
+
+// choose gives the shape that a container should be made for, nil: none, and the
+// container that has to go first, nil: there is room.
+func (p *pool) choose(count map[shape]int, memory int64) (*shape, *warm) {
 	for _, sh := range p.wanted(count) {
 		if len(p.idle) < p.limits.Containers && memory+sh.memoryMB <= p.limits.MemoryMB {
-			s.make, s.image = &sh, p.shapes[sh].image
-			return s
+			return &sh, nil
 		}
 		if w := p.yielding(sh, count, memory); w != nil {
-			return step{drop: p.remove(w)}
+			return &sh, w
 		}
 	}
-	return s
+	return nil, nil
+}
+
+// makeAt is when the container that is wanted may be made: once it is quiet, or has
+// not been for long.
+func (p *pool) makeAt(now time.Time) time.Time {
+	if p.dueAt.IsZero() {
+		p.dueAt = later(p.quietAt, now).Add(patience)
+	}
+	if p.busy > 0 {
+		return p.dueAt
+	}
+	return sooner(p.dueAt, p.quietAt)
 }
 
 // wanted are the shapes worth a container: first those that have the fewest, then
@@ -404,7 +434,7 @@ func (p *pool) failed(err error) {
 		return
 	}
 	p.mu.Lock()
-	p.quietAt = later(p.quietAt, time.Now().Add(restFor))
+	p.quietAt, p.dueAt = later(p.quietAt, time.Now().Add(restFor)), time.Time{}
 	text := p.x.engine.describe(err).Error()
 	if errors.Is(err, errNoInit) {
 		text = err.Error()

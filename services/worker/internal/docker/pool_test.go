@@ -130,6 +130,33 @@ func TestPoolWaitsForJobsAndForgets(t *testing.T) {
 	}
 }
 
+// A worker that is never quiet gets a container in each second all the same, but not
+// while the pool rests.
+func TestPoolOfABusyWorker(t *testing.T) {
+	a := of("a", 512)
+	s := newSim(Warm{Containers: 2, MemoryMB: 1024, Age: time.Minute})
+	s.begin()
+	s.asks(a, a)
+	for _, want := range []string{"map[]", "map[a:1]", "map[a:2]"} {
+		if got := s.settle(t); got != want {
+			t.Fatalf("%s, want %s", got, want)
+		}
+		s.now = s.now.Add(patience)
+	}
+	s.idle = nil
+	s.settle(t)
+	s.quietAt, s.dueAt = s.now.Add(restFor), time.Time{} // it has failed
+	for s.now.Before(s.quietAt.Add(patience)) {
+		if got := s.settle(t); got != "map[]" {
+			t.Fatalf("while it rests: %s", got)
+		}
+		s.now = s.now.Add(patience / 2)
+	}
+	if got := s.settle(t); got != "map[a:1]" {
+		t.Fatalf("afterwards: %s", got)
+	}
+}
+
 func TestPoolForgetsShapes(t *testing.T) {
 	s := newSim(Warm{Containers: 2, MemoryMB: 1024, Age: time.Hour})
 	for i := range 3 * maxShapes {
