@@ -165,13 +165,16 @@ func (x *Executor) Reap(ctx context.Context, holds func(leaseID string) bool) er
 }
 
 // untidyFor is how long an engine may take to make a container that nobody waits
-// for any more.
+// for any more, or to come back.
 const untidyFor = time.Minute
 
-// Untidy reports whether a container may have been made lately that could not be
-// prepared to its end: the engine may have taken the request and not answered. Then
-// Reap is worth a call earlier than else.
+// Untidy reports whether a container may have been left lately: one that could not be
+// prepared to its end, since the engine may have taken the request and not answered,
+// or one that waited and could not be removed. Then Reap is worth a call earlier than
+// else.
 func (x *Executor) Untidy() bool { return time.Now().UnixNano() < x.untidyUntil.Load() }
+
+func (x *Executor) noteUntidy() { x.untidyUntil.Store(time.Now().Add(untidyFor).UnixNano()) }
 
 func (x *Executor) holds(names []string, lease string, holds func(string) bool) bool {
 	x.mu.Lock()
@@ -277,7 +280,7 @@ func (x *Executor) prepare(ctx context.Context, p *plan) (*attempt, error) {
 	}
 	if err := a.create(ctx); err != nil {
 		failed := x.engine.failed(ctx, err)
-		x.untidyUntil.Store(time.Now().Add(untidyFor).UnixNano())
+		x.noteUntidy()
 		a.settled.Do(func() {}) // the caller has it
 		if err := a.Close(); err != nil {
 			x.log.Warn("a container that was not to be is still there, it is removed later", "job", spec.JobID, "error", err)

@@ -139,7 +139,7 @@ func (x *Executor) makeWarm(ctx context.Context, s shape, img *imageFacts, f fac
 	w.id = w.name // until it is known
 	x.claim(w.name)
 	if err := x.startWarm(ctx, w, cfg, host); err != nil {
-		x.untidyUntil.Store(time.Now().Add(untidyFor).UnixNano())
+		x.noteUntidy()
 		return nil, errors.Join(err, x.discard(w))
 	}
 	return w, nil
@@ -189,6 +189,9 @@ func (x *Executor) discard(w *warm) error {
 		_ = w.stream.Close()
 	}
 	err := x.engine.remove(x.pool.removals, w.id)
+	if err != nil {
+		x.noteUntidy()
+	}
 	x.release(w.name)
 	return err
 }

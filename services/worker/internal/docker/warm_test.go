@@ -472,6 +472,27 @@ func TestSomebodyElseEndsWhatWaits(t *testing.T) {
 
 // A worker without the init says so once and goes on; as does one with an init that
 // does not work.
+// A container that waited when the engine went away, and could not be removed then,
+// is looked for as soon as the engine is back.
+func TestWhatWaitedWhenTheEngineWentIsLookedForSoon(t *testing.T) {
+	api := engine(t)
+	p := newProxy(t)
+	x := newExecutor(t, func(o *docker.Options) {
+		warmly(o)
+		impatient(p.address, time.Second)(o)
+	})
+	if !docker.Prime(t, x, shell("true")) {
+		t.Fatal("no container waits")
+	}
+	p.hang()
+	p.cut()
+	eventually(t, x.Untidy, "nobody will look for what waited")
+	p.resume()
+	x.KeepWarm(false)
+	must(t, x.Reap(t.Context(), nil))
+	nothingLeft(t, api, workerID(t.Name()))
+}
+
 func TestWithoutInit(t *testing.T) {
 	api := engine(t)
 	for name, files := range map[string]fstest.MapFS{
