@@ -164,14 +164,22 @@ func (c *client) executes(ctx context.Context, jobs int) (samples, error) {
 	var out samples
 	for range jobs {
 		at := time.Now()
-		var r api.ExecuteResult
-		if err := c.do(ctx, http.MethodPost, "/api/execute", trueJob, &r); err != nil {
+		if err := c.execute(ctx, trueJob); err != nil {
 			return nil, err
-		}
-		if r.Status != job.Succeeded {
-			return nil, fmt.Errorf("job %s ended %s", r.JobID, r.Status)
 		}
 		out = append(out, time.Since(at))
 	}
 	return out, nil
+}
+
+// execute submits a job and waits on the server until it has succeeded.
+func (c *client) execute(ctx context.Context, spec string) error {
+	var r api.ExecuteResult
+	if err := c.do(ctx, http.MethodPost, "/api/execute", spec, &r); err != nil {
+		return err
+	}
+	if r.Status != job.Succeeded {
+		return fmt.Errorf("job %s ended %s (%s %s)", r.JobID, r.Status, r.Reason, r.Message)
+	}
+	return nil
 }

@@ -34,8 +34,9 @@ func (l *containerLoad) flags() {
 const (
 	containersAtOnce = 8
 	containerRounds  = 4 // of jobs and of bare containers, in turns: both see the same machine
-	coldContainers   = 40
+	containersIdle   = 40
 	containerJob     = `{"command":["/bin/true"],"containerImage":%q,"resources":{"cpu":0.2,"memoryMb":64}}`
+	printingOne      = `{"command":["/bin/echo","here"],"containerImage":%q,"resources":{"cpu":0.2,"memoryMb":64}}`
 	lookedAtJob      = `{"command":["/bin/sleep","60"],"containerImage":%q,"resources":{"cpu":0.2,"memoryMb":64}}`
 )
 
@@ -57,6 +58,17 @@ func containers(ctx context.Context, p plan) error {
 		return nil
 	}
 	p.executor, p.slots = "docker", containersAtOnce
+	fmt.Printf("\ncontainers: cmdexec up, one process, Docker %s\n", version.Version)
+	if err := coldContainers(ctx, p, engine); err != nil {
+		return err
+	}
+	return warmContainers(ctx, p)
+}
+
+// coldContainers measures jobs whose containers are made for them, and the engine
+// alone, in turns.
+func coldContainers(ctx context.Context, p plan, engine *docker.Client) error {
+	p.env = []string{"WARM_CONTAINERS=0"}
 	d, err := startUp(ctx, p)
 	if err != nil {
 		return err
@@ -67,20 +79,15 @@ func containers(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
-
 	spec := fmt.Sprintf(containerJob, p.containers.image)
-	var cold, hot, bareDone, bareGone samples
-	for range coldContainers {
+
+	var idle, bareDone, bareGone samples
+	for range containersIdle {
 		at := time.Now()
-		j, err := c.runs(ctx, spec)
-		if err != nil {
+		if err := c.execute(ctx, spec); err != nil {
 			return err
 		}
-		if took := time.Since(at); warmed(&j) {
-			hot = append(hot, took)
-		} else {
-			cold = append(cold, took)
-		}
+		idle = append(idle, time.Since(at))
 		done, gone, err := bare.run(ctx)
 		if err != nil {
 			return err
@@ -90,15 +97,8 @@ func containers(ctx context.Context, p plan) error {
 
 	var jobsTook, bareTook time.Duration
 	each := p.containers.jobs / containerRounds
-	warmJobs := atomic.Int64{}
 	for range containerRounds {
-		took, err := atOnce(containersAtOnce, each, func() error {
-			j, err := c.runs(ctx, spec)
-			if warmed(&j) {
-				warmJobs.Add(1)
-			}
-			return err
-		})
+		took, err := atOnce(containersAtOnce, each, func() error { return c.execute(ctx, spec) })
 		if err != nil {
 			return err
 		}
@@ -114,28 +114,66 @@ func containers(ctx context.Context, p plan) error {
 	}
 	ran := float64(each * containerRounds)
 	jobsRate, bareRate := ran/jobsTook.Seconds(), ran/bareTook.Seconds()
-
-	fmt.Printf("\ncontainers: %s, Docker %s\n", d.what, version.Version)
 	row(fmt.Sprintf("the engine alone, %d at a time", containersAtOnce), "%8.1f /s   create, attach, start, wait, remove", bareRate)
-	row(fmt.Sprintf("jobs, %d at a time", containersAtOnce), "%8.1f /s   %.0f %% of that; %d of %.0f in warm containers", jobsRate, 100*jobsRate/bareRate, warmJobs.Load(), ran)
+	row(fmt.Sprintf("jobs, %d at a time", containersAtOnce), "%8.1f /s   %.0f %% of that", jobsRate, 100*jobsRate/bareRate)
 	row("the engine alone, one by one: ended / removed, p50", "%8.1f / %.1f ms   p99 %.1f / %.1f ms", ms(bareDone.at(50)), ms(bareGone.at(50)), ms(bareDone.at(99)), ms(bareGone.at(99)))
-	row("jobs on an idle worker, submit to done, p50 / p99", "%8.1f / %.1f ms   %d cold ones", ms(cold.at(50)), ms(cold.at(99)), len(cold))
-	if len(hot) > 0 {
-		row("  in warm containers, p50 / p99", "%8.1f / %.1f ms   %d of them", ms(hot.at(50)), ms(hot.at(99)), len(hot))
-	}
+	row("jobs on an idle worker, submit to done, p50 / p99", "%8.1f / %.1f ms", ms(idle.at(50)), ms(idle.at(99)))
 	return nil
 }
 
-func warmed(j *api.Job) bool { return len(j.Attempts) > 0 && j.Attempts[len(j.Attempts)-1].Warm }
-
-// runs runs a job and returns it as it was in the end.
-func (c *client) runs(ctx context.Context, spec string) (api.Job, error) {
-	id, err := c.submit(ctx, spec)
+// warmContainers measures jobs that come one after the other to a worker that keeps
+// containers started.
+func warmContainers(ctx context.Context, p plan) error {
+	d, err := startUp(ctx, p)
 	if err != nil {
-		return api.Job{}, err
+		return err
 	}
-	return c.wait(ctx, id, 2*time.Millisecond)
+	defer d.stop()
+	c := newClient(d.url, d.token)
+	spec := fmt.Sprintf(printingOne, p.containers.image)
+	var first, done samples
+	for range containersIdle {
+		at := time.Now()
+		id, err := c.submit(ctx, spec)
+		if err != nil {
+			return err
+		}
+		j, err := c.wait(ctx, id, 2*time.Millisecond)
+		if err != nil {
+			return err
+		}
+		took := time.Since(at)
+		if !warmed(&j) {
+			continue
+		}
+		done = append(done, took)
+		spoke, err := c.firstOutput(ctx, id)
+		if err != nil {
+			return err
+		}
+		first = append(first, spoke.Sub(at))
+	}
+	if len(done) == 0 {
+		return errors.New("no job ran in a container that waited")
+	}
+	row("in warm containers, submit to first output, p50 / p99", "%8.1f / %.1f ms   %d of %d", ms(first.at(50)), ms(first.at(99)), len(first), containersIdle)
+	row("  submit to done, p50 / p99", "%8.1f / %.1f ms", ms(done.at(50)), ms(done.at(99)))
+	return nil
 }
+
+// firstOutput is when the first chunk of a job's output came out of its command.
+func (c *client) firstOutput(ctx context.Context, jobID string) (time.Time, error) {
+	var logs api.Logs
+	if err := c.do(ctx, http.MethodGet, "/api/jobs/"+jobID+"/logs", "", &logs); err != nil {
+		return time.Time{}, err
+	}
+	if len(logs.Items) == 0 {
+		return time.Time{}, fmt.Errorf("job %s has printed nothing", jobID)
+	}
+	return logs.Items[0].Time, nil
+}
+
+func warmed(j *api.Job) bool { return len(j.Attempts) > 0 && j.Attempts[len(j.Attempts)-1].Warm }
 
 // atOnce does one thing n times, some of them at the same time.
 func atOnce(parallel, n int, do func() error) (time.Duration, error) {

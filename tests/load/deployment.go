@@ -79,7 +79,7 @@ func startUp(ctx context.Context, p plan) (*deployment, error) {
 			return err
 		}
 		d.url = "http://" + addr
-		err = d.add(ctx, []string{"XDG_CONFIG_HOME=" + filepath.Join(d.dir, "config")}, filepath.Join(p.bin, "cmdexec"), "up", "--listen", addr,
+		err = d.add(ctx, append([]string{"XDG_CONFIG_HOME=" + filepath.Join(d.dir, "config")}, p.env...), filepath.Join(p.bin, "cmdexec"), "up", "--listen", addr,
 			"--data-dir", filepath.Join(d.dir, "data"), "--executor", p.executor, "--slots", strconv.Itoa(p.slots))
 		if err != nil {
 			return err

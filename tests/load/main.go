@@ -35,7 +35,7 @@ type plan struct {
 	containers containerLoad
 	growth     growthLoad
 	executor   string   // of the worker
-	env        []string // of all services, beside what each needs
+	env        []string // of all processes, beside what each needs
 	fill       func(ctx context.Context, database string) error
 }
 

@@ -5,8 +5,6 @@ import (
 	"net"
 	"net/http"
 	"time"
-
-	"github.com/coder/websocket"
 )
 
 const (
@@ -42,7 +40,7 @@ func (e *noHTTP) Error() string { return e.err.Error() }
 func (e *noHTTP) Unwrap() error { return e.err }
 
 // socketFound ends a session over plain HTTP: there is a WebSocket.
-type socketFound struct{ ws *websocket.Conn }
+type socketFound struct{ ws *socket }
 
 func (*socketFound) Error() string { return "a WebSocket can be had" }
 

@@ -15,8 +15,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/coder/websocket"
-
 	"github.com/cmdexec/cmdexec/libs/core/job"
 	"github.com/cmdexec/cmdexec/libs/core/workerproto"
 	"github.com/cmdexec/cmdexec/libs/kit/lifecycle"
@@ -99,7 +97,7 @@ type plain struct {
 
 	mu    sync.Mutex
 	token string
-	found *websocket.Conn
+	found *socket
 }
 
 // overHTTP holds one session over plain HTTP from register to its end.

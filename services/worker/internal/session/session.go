@@ -18,8 +18,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/coder/websocket"
-
 	"github.com/cmdexec/cmdexec/libs/core/workerproto"
 	"github.com/cmdexec/cmdexec/libs/kit/lifecycle"
 	"github.com/cmdexec/cmdexec/services/worker/internal/clock"
@@ -126,10 +124,16 @@ func transport(t *http.Transport) *http.Transport {
 	t.Proxy = http.ProxyFromEnvironment
 	t.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 		c, err := dialer.DialContext(ctx, network, address)
-		if tcp, ok := c.(*net.TCPConn); ok {
-			err = tcp.SetWriteBuffer(sendBuffer)
+		if err != nil {
+			return nil, err
 		}
-		return c, err
+		if tcp, ok := c.(*net.TCPConn); ok {
+			if err := tcp.SetWriteBuffer(sendBuffer); err != nil {
+				_ = c.Close()
+				return nil, err
+			}
+		}
+		return &cork{Conn: c}, nil
 	}
 	return t
 }
@@ -165,7 +169,7 @@ func (s *Session) Run(ctx context.Context) error {
 	defer s.plain.CloseIdleConnections()
 	backoff := lifecycle.Backoff{Min: minBackoff, Max: maxBackoff}
 	told := ""
-	var ws *websocket.Conn // that is there for the next session
+	var ws *socket // that is there for the next session
 	for ctx.Err() == nil {
 		steady, err := s.once(ctx, ws)
 		ws = nil
@@ -213,7 +217,7 @@ func (s *Session) Run(ctx context.Context) error {
 
 // once holds one session from its beginning to its end, which its error explains.
 // It reports whether the edge had been content with it for long. ws may be nil.
-func (s *Session) once(ctx context.Context, ws *websocket.Conn) (steady bool, err error) {
+func (s *Session) once(ctx context.Context, ws *socket) (steady bool, err error) {
 	if s.choice.http {
 		return s.overHTTP(ctx)
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptrace"
 	"sync"
 	"time"
 
@@ -28,7 +29,7 @@ const (
 // conn is one connection.
 type conn struct {
 	*Session
-	ws      *websocket.Conn
+	ws      *socket
 	helloAt time.Duration // by the worker's clock
 	away    *goaway       // the reader's: the edge has asked this worker to go
 	told    bool          // the reader's: its error is what the edge has said
@@ -39,7 +40,7 @@ type conn struct {
 }
 
 // overSocket holds one WebSocket from dial, unless there is one already, to its end.
-func (s *Session) overSocket(ctx context.Context, ws *websocket.Conn) (steady bool, err error) {
+func (s *Session) overSocket(ctx context.Context, ws *socket) (steady bool, err error) {
 	if ws == nil {
 		if ws, err = s.dial(ctx); err != nil {
 			return false, err
@@ -59,13 +60,15 @@ func (s *Session) overSocket(ctx context.Context, ws *websocket.Conn) (steady bo
 	return time.Since(began) > steadyAfter, err
 }
 
-func (s *Session) dial(ctx context.Context) (*websocket.Conn, error) {
+func (s *Session) dial(ctx context.Context) (*socket, error) {
 	token, err := s.cfg.Token()
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
+	var below *cork
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { below = corkOf(i.Conn) }})
 	ws, resp, err := websocket.Dial(ctx, s.cfg.URL+workerproto.PathConnect, &websocket.DialOptions{
 		HTTPClient:      s.socket,
 		HTTPHeader:      http.Header{workerproto.TokenHeader: {token}},
@@ -77,7 +80,7 @@ func (s *Session) dial(ctx context.Context) (*websocket.Conn, error) {
 		ws.CloseNow() //nolint:errcheck // it never began
 		return nil, &noSocket{err: errors.New("the server does not speak " + workerproto.Subprotocol), certain: true}
 	case err == nil:
-		return ws, nil
+		return &socket{ws, below}, nil
 	case resp != nil && resp.StatusCode == http.StatusUnauthorized:
 		return nil, ErrToken
 	case redirected(resp) != nil:
