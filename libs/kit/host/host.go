@@ -172,6 +172,7 @@ func run[C any, P Embeds[C]](name, admin string, args []string, out io.Writer, e
 	if err := failpoint.Check(); err != nil {
 		return err
 	}
+	config.HalfTheCores()
 	cfg, settings, err := load()
 	if err != nil {
 		return err

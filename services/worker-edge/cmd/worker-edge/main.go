@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"runtime/debug"
 
 	"github.com/cmdexec/cmdexec/libs/bus"
 	"github.com/cmdexec/cmdexec/libs/kit/config"
@@ -33,12 +32,10 @@ func (s settings) Check() error {
 
 // gcPercent: an edge is as large as its sessions, of which nearly all are idle. With
 // the default as much again would be garbage before it is collected.
-const gcPercent, defaultGCPercent = 25, 100
+const gcPercent = 25
 
 func main() {
-	if set := debug.SetGCPercent(gcPercent); set != defaultGCPercent {
-		debug.SetGCPercent(set) // GOGC says otherwise
-	}
+	config.CollectAt(gcPercent)
 	host.Main("worker-edge", "127.0.0.1:9101", os.Exit, build)
 }
 

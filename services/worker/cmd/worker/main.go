@@ -57,6 +57,7 @@ func run() error {
 	if err := failpoint.Check(); err != nil {
 		return err
 	}
+	config.HalfTheCores()
 	ctx, stop := lifecycle.SignalContext(context.Background(), os.Exit)
 	defer stop()
 	cfg, err := config.Load[worker.Config]()
