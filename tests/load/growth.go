@@ -5,6 +5,8 @@ import (
 	"flag"
 	"fmt"
 	"time"
+
+	"github.com/cmdexec/cmdexec/libs/kit/lifecycle"
 )
 
 // growthLoad is how many jobs the row growth runs.
@@ -16,7 +18,9 @@ func (g *growthLoad) flags() {
 
 const (
 	growthFirst = 1000
-	growthLooks = 10
+	growthLooks = 5
+	growthSoon  = 5 * time.Second
+	growthRest  = 45 * time.Second // what purges, caches and the return of memory take
 )
 
 // growth measures what jobs that have ended leave behind in memory.
@@ -47,12 +51,12 @@ func grows(ctx context.Context, p plan, form string, start func(context.Context,
 	if _, err := c.throughput(ctx, warm, p.clients); err != nil {
 		return fmt.Errorf("warm up: %w", err)
 	}
-	base, err := d.rested(ctx)
+	_, base, err := d.rested(ctx)
 	if err != nil {
 		return err
 	}
 	fmt.Printf("\ngrowth, %s: %s\n", form, d.what)
-	row(fmt.Sprintf("resident memory: fresh / after %d jobs", warm), "%8.1f / %.1f MB", mb(fresh.rss), mb(base))
+	row(fmt.Sprintf("resident memory: fresh / %v after %d jobs", growthRest, warm), "%8.1f / %.1f MB", mb(fresh.rss), mb(base))
 	done := 0
 	for _, until := range growthSteps(p.growth.jobs) {
 		t, err := c.throughput(ctx, until-done, p.clients)
@@ -60,11 +64,11 @@ func grows(ctx context.Context, p plan, form string, start func(context.Context,
 			return err
 		}
 		done = until
-		now, err := d.rested(ctx)
+		soon, now, err := d.rested(ctx)
 		if err != nil {
 			return err
 		}
-		row(fmt.Sprintf("  after %d more", done), "%8.1f MB   %+.1f MB   %.0f jobs/s", mb(now), mb(now-base), t.completed)
+		row(fmt.Sprintf("  after %d more", done), "%8.1f MB   %+.1f MB   %.1f MB after %v   %.0f jobs/s", mb(now), mb(now-base), mb(soon), growthSoon, t.completed)
 	}
 	return nil
 }
@@ -80,18 +84,18 @@ func growthSteps(jobs int) []int {
 	return steps
 }
 
-// restFor is what a purge of ended jobs and the return of unused memory may take.
-const restFor = 5 * time.Second
-
-// rested is the resident memory a little later.
-func (d *deployment) rested(ctx context.Context) (int64, error) {
-	timer := time.NewTimer(restFor)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
-		return 0, ctx.Err()
+// rested is the resident memory soon after jobs, and when everything has come to rest.
+func (d *deployment) rested(ctx context.Context) (soon, rested int64, err error) {
+	if err := lifecycle.Sleep(ctx, growthSoon); err != nil {
+		return 0, 0, err
 	}
 	u, err := d.usage()
-	return u.rss, err
+	if err != nil {
+		return 0, 0, err
+	}
+	if err := lifecycle.Sleep(ctx, growthRest-growthSoon); err != nil {
+		return 0, 0, err
+	}
+	later, err := d.usage()
+	return u.rss, later.rss, err
 }

@@ -32,6 +32,7 @@ import (
 	"github.com/cmdexec/cmdexec/libs/kit/httpkit"
 	"github.com/cmdexec/cmdexec/libs/kit/lifecycle"
 	"github.com/cmdexec/cmdexec/libs/kit/logging"
+	"github.com/cmdexec/cmdexec/libs/kit/memory"
 	"github.com/cmdexec/cmdexec/libs/kit/ratelimit"
 	"github.com/cmdexec/cmdexec/libs/kit/telemetry"
 )
@@ -227,6 +228,7 @@ func serve[C any](ctx context.Context, name string, cfg C, settings *Settings, b
 		}
 		group.Add("admin", server.Run)
 	}
+	group.Add("memory", memory.ReturnWhenQuiet)
 	group.Add(name, func(ctx context.Context) error {
 		defer env.close()
 		service, err := build(ctx, cfg, env)

@@ -23,6 +23,7 @@ import (
 	"github.com/cmdexec/cmdexec/libs/kit/httpkit"
 	"github.com/cmdexec/cmdexec/libs/kit/lifecycle"
 	"github.com/cmdexec/cmdexec/libs/kit/logging"
+	"github.com/cmdexec/cmdexec/libs/kit/memory"
 	"github.com/cmdexec/cmdexec/libs/kit/ratelimit"
 	"github.com/cmdexec/cmdexec/libs/kit/telemetry"
 	"github.com/cmdexec/cmdexec/libs/natsd"
@@ -250,6 +251,7 @@ func (s *stack) run(ctx context.Context, a *announcer) error {
 		group.Add("worker", s.runWorker)
 	}
 	group.Add("announcements", a.run)
+	group.Add("memory", memory.ReturnWhenQuiet)
 	err = group.Run(ctx)
 	if ctx.Err() != nil && err == nil {
 		a.goodbye()

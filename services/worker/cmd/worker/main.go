@@ -16,6 +16,7 @@ import (
 	"github.com/cmdexec/cmdexec/libs/kit/httpkit"
 	"github.com/cmdexec/cmdexec/libs/kit/lifecycle"
 	"github.com/cmdexec/cmdexec/libs/kit/logging"
+	"github.com/cmdexec/cmdexec/libs/kit/memory"
 	"github.com/cmdexec/cmdexec/libs/kit/telemetry"
 	"github.com/cmdexec/cmdexec/services/worker"
 )
@@ -88,6 +89,7 @@ func run() error {
 		}
 		group.Add("admin", admin.Run)
 	}
+	group.Add("memory", memory.ReturnWhenQuiet)
 	group.Add("worker", service.Run)
 	return group.Run(ctx)
 }
