@@ -17,7 +17,7 @@ import (
 const (
 	lookEvery = time.Second
 	// quietBytes is what a process may allocate in a second and be called quiet.
-	quietBytes = 256 << 10
+	quietBytes = 1 << 20
 	// worthBytes is what must have been allocated since memory was given back last: a
 	// collection is not worth less.
 	worthBytes = 16 << 20
