@@ -92,7 +92,7 @@ func open(ctx context.Context, path string) (*Store, error) {
 	}
 	s := &Store{}
 	if s.write, err = connect(abs, "immediate",
-		"journal_mode(WAL)", "synchronous(FULL)", "cache_size(-16000)", "journal_size_limit(67108864)"); err != nil {
+		"journal_mode(WAL)", "synchronous(FULL)", "cache_size(-4000)", "journal_size_limit(67108864)"); err != nil {
 		return nil, err
 	}
 	s.write.SetMaxOpenConns(1)
