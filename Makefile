@@ -92,7 +92,7 @@ test: build-race ## Run all tests under -race: unit tests, then end to end (REQU
 		-- -race -vet=off -timeout=30m $(UNIT_PKGS) \
 		-- -race -vet=off -count=1 -timeout=30m ./tests/api/... ./tests/deploy/... \
 		$(foreach f,$(FORMS),-- -race -vet=off -count=1 -timeout=30m ./tests/e2e/... $(RUN_$(f)) -args -form=$(f)) \
-		$(if $(CHAOS),-- -race -vet=off -count=1 -timeout=15m -parallel=3 ./tests/chaos)
+		$(if $(CHAOS),-- -race -vet=off -count=1 -timeout=20m -parallel=3 ./tests/chaos)
 
 .PHONY: sim
 sim: ## Run 500 seeded interleavings of the real services over a simulated bus (ARGS="-seeds 5000"; not under -race, which takes four minutes)
