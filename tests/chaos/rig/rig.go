@@ -275,11 +275,19 @@ func (r *Rig) addService(kind string, i int) error {
 	return nil
 }
 
+// given are the ports that the rigs of this process have: most are free until their
+// program starts.
+var given sync.Map
+
 // freeAddr names a loopback address below the ports that the kernel gives to
 // outgoing connections, so that it stays free while a process restarts.
 func (r *Rig) freeAddr() (string, error) {
 	for range 200 {
-		addr := fmt.Sprintf("127.0.0.1:%d", 10_000+r.rng.IntN(22_000))
+		port := 10_000 + r.rng.IntN(22_000)
+		if _, taken := given.LoadOrStore(port, true); taken {
+			continue
+		}
+		addr := fmt.Sprintf("127.0.0.1:%d", port)
 		if ln, err := net.Listen("tcp", addr); err == nil {
 			_ = ln.Close()
 			return addr, nil
