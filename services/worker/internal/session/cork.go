@@ -22,11 +22,11 @@ func (s *socket) Write(ctx context.Context, kind websocket.MessageType, data []b
 	if s.cork == nil || len(data) < corkLeast {
 		return s.Conn.Write(ctx, kind, data)
 	}
-	_ = s.cork.set(true)
+	s.cork.gather()
 	err := s.Conn.Write(ctx, kind, data)
 	stop := context.AfterFunc(ctx, func() { _ = s.CloseNow() })
 	defer stop()
-	return errors.Join(err, s.cork.set(false))
+	return errors.Join(err, s.cork.release())
 }
 
 // cork is the connection below a WebSocket, which hands over what is sent in pieces
@@ -45,7 +45,7 @@ const (
 	corkMost  = 68 << 10 // is gathered, which holds a frame with the largest chunk
 )
 
-// Write implements net.Conn. What is gathered may fail later, in set.
+// Write implements net.Conn. What is gathered may fail later, in release.
 func (c *cork) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -62,15 +62,18 @@ func (c *cork) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// set turns the gathering on or off; off, it writes what was gathered. It blocks as
-// Write does.
-func (c *cork) set(on bool) error {
+// gather has what is written from now on wait for release.
+func (c *cork) gather() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.on = on
-	if on {
-		return nil
-	}
+	c.on = true
+}
+
+// release writes what was gathered. It blocks as Write does.
+func (c *cork) release() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.on = false
 	return c.flush()
 }
 

@@ -110,14 +110,12 @@ func TestGatheredWriteEndsWithItsConnection(t *testing.T) {
 	client, server := net.Pipe()
 	defer server.Close()
 	below := &cork{Conn: client}
-	if err := below.set(true); err != nil {
-		t.Fatal(err)
-	}
+	below.gather()
 	if _, err := below.Write(make([]byte, 100)); err != nil {
 		t.Fatal("it was not gathered:", err)
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- below.set(false) }()
+	go func() { ended <- below.release() }()
 	_ = client.Close()
 	select {
 	case err := <-ended:
