@@ -45,6 +45,7 @@ type Config struct {
 	AdminAddr         string            `envconfig:"ADMIN_ADDR" default:"127.0.0.1:9105" desc:"address of /livez, /readyz and /metrics; off for none"`
 	LogLevel          string            `envconfig:"LOG_LEVEL" default:"info" desc:"debug, info, warn or error"`
 	LogFormat         string            `envconfig:"LOG_FORMAT" default:"auto" desc:"auto, text or json"`
+	Cores             uint16            `envconfig:"GOMAXPROCS" desc:"how many cores the worker itself uses at a time; default half of the machine's; commands are not concerned"`
 }
 
 // serverURL is where the worker connects to: http:// or https://, without a

@@ -5,13 +5,16 @@ import (
 	"runtime/debug"
 )
 
-// HalfTheCores has Go code run on half of the machine's cores at a time, at least one:
-// the others are for the commands, and for the processes beside this one. A thread
-// that looks for work on a core of its own costs more than it does while several
-// processes share few cores. GOMAXPROCS and a container's limit of CPU say otherwise.
-// It is for main, before anything else runs.
-func HalfTheCores() {
-	if _, given := lookup("GOMAXPROCS"); !given && runtime.GOMAXPROCS(0) == runtime.NumCPU() {
+// UseCores has Go code run on n of the machine's cores at a time. With 0 it is half of
+// them, at least one: the others are for the commands, and for the processes beside
+// this one. A thread that looks for work on a core of its own costs more than it does
+// while several processes share few cores. What a container's limit of CPU leaves is
+// not halved. It is for main, before anything else runs.
+func UseCores(n int) {
+	switch {
+	case n > 0:
+		runtime.GOMAXPROCS(n)
+	case runtime.GOMAXPROCS(0) == runtime.NumCPU():
 		runtime.GOMAXPROCS(max(1, runtime.NumCPU()/2))
 	}
 }

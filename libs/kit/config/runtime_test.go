@@ -15,28 +15,25 @@ func unset(t *testing.T, name string) {
 	}
 }
 
-func TestHalfTheCores(t *testing.T) {
+func TestUseCores(t *testing.T) {
 	before := runtime.GOMAXPROCS(0)
 	defer runtime.GOMAXPROCS(before)
 	cores := runtime.NumCPU()
 	half := max(1, cores/2)
 
-	unset(t, "GOMAXPROCS")
 	runtime.GOMAXPROCS(cores)
-	HalfTheCores()
+	UseCores(0)
 	if n := runtime.GOMAXPROCS(0); n != half {
 		t.Errorf("on %d cores: %d, want %d", cores, n, half)
 	}
 	runtime.GOMAXPROCS(cores + 1) // as a container's limit would have it be another number
-	HalfTheCores()
+	UseCores(0)
 	if n := runtime.GOMAXPROCS(0); n != cores+1 {
 		t.Errorf("what a limit says is made %d", n)
 	}
-	t.Setenv("GOMAXPROCS", "2")
-	runtime.GOMAXPROCS(cores)
-	HalfTheCores()
-	if n := runtime.GOMAXPROCS(0); n != cores {
-		t.Errorf("what GOMAXPROCS says is made %d", n)
+	UseCores(3)
+	if n := runtime.GOMAXPROCS(0); n != 3 {
+		t.Errorf("%d, want the 3 that are asked for", n)
 	}
 }
 

@@ -49,6 +49,7 @@ type Settings struct {
 	AdminAddr string `envconfig:"ADMIN_ADDR" desc:"where /livez, /readyz and /metrics are; off for none"`
 	LogLevel  string `envconfig:"LOG_LEVEL" default:"info" desc:"debug, info, warn or error"`
 	LogFormat string `envconfig:"LOG_FORMAT" default:"auto" desc:"auto, text or json"`
+	Cores     uint16 `envconfig:"GOMAXPROCS" desc:"how many cores the process itself uses at a time; default half of the machine's"`
 }
 
 func (s *Settings) host() *Settings { return s }
@@ -173,11 +174,11 @@ func run[C any, P Embeds[C]](name, admin string, args []string, out io.Writer, e
 	if err := failpoint.Check(); err != nil {
 		return err
 	}
-	config.HalfTheCores()
 	cfg, settings, err := load()
 	if err != nil {
 		return err
 	}
+	config.UseCores(int(settings.Cores))
 	if c, ok := any(cfg).(interface{ Check() error }); ok {
 		if err := c.Check(); err != nil {
 			return err

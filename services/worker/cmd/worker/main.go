@@ -58,13 +58,13 @@ func run() error {
 	if err := failpoint.Check(); err != nil {
 		return err
 	}
-	config.HalfTheCores()
 	ctx, stop := lifecycle.SignalContext(context.Background(), os.Exit)
 	defer stop()
 	cfg, err := config.Load[worker.Config]()
 	if err != nil {
 		return err
 	}
+	config.UseCores(int(cfg.Cores))
 	cfg.Transport = cmp.Or(transport, cfg.Transport)
 	logger, err := logging.New(os.Stderr, cfg.LogLevel, cfg.LogFormat)
 	if err != nil {
