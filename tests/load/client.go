@@ -164,7 +164,7 @@ func (c *client) executes(ctx context.Context, jobs int) (samples, error) {
 	var out samples
 	for range jobs {
 		at := time.Now()
-		if err := c.execute(ctx, trueJob); err != nil {
+		if _, err := c.execute(ctx, trueJob); err != nil {
 			return nil, err
 		}
 		out = append(out, time.Since(at))
@@ -173,13 +173,13 @@ func (c *client) executes(ctx context.Context, jobs int) (samples, error) {
 }
 
 // execute submits a job and waits on the server until it has succeeded.
-func (c *client) execute(ctx context.Context, spec string) error {
+func (c *client) execute(ctx context.Context, spec string) (jobID string, err error) {
 	var r api.ExecuteResult
 	if err := c.do(ctx, http.MethodPost, "/api/execute", spec, &r); err != nil {
-		return err
+		return "", err
 	}
 	if r.Status != job.Succeeded {
-		return fmt.Errorf("job %s ended %s (%s %s)", r.JobID, r.Status, r.Reason, r.Message)
+		return r.JobID, fmt.Errorf("job %s ended %s (%s %s)", r.JobID, r.Status, r.Reason, r.Message)
 	}
-	return nil
+	return r.JobID, nil
 }

@@ -84,7 +84,7 @@ func coldContainers(ctx context.Context, p plan, engine *docker.Client) error {
 	var idle, bareDone, bareGone samples
 	for range containersIdle {
 		at := time.Now()
-		if err := c.execute(ctx, spec); err != nil {
+		if _, err := c.execute(ctx, spec); err != nil {
 			return err
 		}
 		idle = append(idle, time.Since(at))
@@ -98,7 +98,10 @@ func coldContainers(ctx context.Context, p plan, engine *docker.Client) error {
 	var jobsTook, bareTook time.Duration
 	each := p.containers.jobs / containerRounds
 	for range containerRounds {
-		took, err := atOnce(containersAtOnce, each, func() error { return c.execute(ctx, spec) })
+		took, err := atOnce(containersAtOnce, each, func() error {
+			_, err := c.execute(ctx, spec)
+			return err
+		})
 		if err != nil {
 			return err
 		}

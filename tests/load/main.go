@@ -87,6 +87,7 @@ func main() {
 // rows are what `make bench` can measure. Each prints its own figures.
 func rows() map[string]func(context.Context, plan) error {
 	return map[string]func(context.Context, plan) error{
+		"busy":       busy,
 		"containers": containers,
 		"fleet":      fleetOf,
 		"followers":  followers,

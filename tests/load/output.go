@@ -57,9 +57,11 @@ func output(ctx context.Context, p plan) error {
 	if err != nil {
 		return err
 	}
-	_, idle, err := c.oneByOne(ctx, p.idle)
-	if err != nil {
-		return err
+	var idle staged
+	for range p.idle {
+		if err := c.stage(ctx, &idle); err != nil {
+			return err
+		}
 	}
 	beside, err := c.besides(ctx, func(ctx context.Context) error {
 		for range 4 { // it is several times as fast as the worker reads
@@ -108,9 +110,9 @@ func output(ctx context.Context, p plan) error {
 	for _, name := range memory.names {
 		row("resident memory of the "+name, "%8.1f MB before, %.1f MB at most", mb(memory.before[name]), mb(memory.peak[name]))
 	}
-	row("other jobs, submit to done, p50: idle", "%8.2f ms", ms(idle.at(50)))
-	row("  while the command alone prints", "%8.2f ms", ms(beside.at(50)))
-	row("  while a job prints", "%8.2f ms   p99 %.2f ms, %d jobs", ms(meanwhile.at(50)), ms(meanwhile.at(99)), len(meanwhile))
+	row("other jobs, POST /api/execute, p50: idle", "%s", idle)
+	row("  while the command alone prints", "%s", beside)
+	row("  while a job prints", "%s", meanwhile)
 	return nil
 }
 
@@ -154,8 +156,8 @@ func (c *client) prints(ctx context.Context, megabytes int) (api.Job, time.Durat
 	return j, time.Since(began), err
 }
 
-// besides runs small jobs one after the other while something else is done.
-func (c *client) besides(ctx context.Context, do func(context.Context) error) (took samples, err error) {
+// besides executes small jobs one after the other while something else is done.
+func (c *client) besides(ctx context.Context, do func(context.Context) error) (small staged, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ended := make(chan error, 1)
@@ -163,15 +165,13 @@ func (c *client) besides(ctx context.Context, do func(context.Context) error) (t
 	for {
 		select {
 		case err := <-ended:
-			return took, err
+			return small, err
 		default:
 		}
-		_, done, err := c.oneByOne(ctx, 1)
-		if err != nil {
+		if err := c.stage(ctx, &small); err != nil {
 			cancel()
-			return nil, errors.Join(err, <-ended)
+			return small, errors.Join(err, <-ended)
 		}
-		took = append(took, done...)
 	}
 }
 

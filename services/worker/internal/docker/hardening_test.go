@@ -118,11 +118,13 @@ if [ -e $c/memory/memory.limit_in_bytes ]; then
   say swap $(($(cat $c/memory/memory.memsw.limit_in_bytes) - $(cat $c/memory/memory.limit_in_bytes)))
   say pids $(cat $c/pids/pids.max)
   say cpu "$(cat $c/cpu/cpu.cfs_quota_us) $(cat $c/cpu/cpu.cfs_period_us)"
+  say yields $(($(cat $c/cpu/cpu.shares) < 1024))
 else
   say memory $(cat $c/memory.max)
   say swap $(cat $c/memory.swap.max)
   say pids $(cat $c/pids.max)
   say cpu "$(cat $c/cpu.max)"
+  say yields $(($(cat $c/cpu.weight) < 100))
 fi
 say cgroup "$(cut -d: -f3 /proc/self/cgroup | sort -u | tr '\n' ' ')"
 say nofile $(ulimit -n)
@@ -168,7 +170,7 @@ func testHardeningFromInside(t *testing.T, x *docker.Executor) {
 		"CapBnd": strings.Repeat("0", 16), "CapAmb": strings.Repeat("0", 16), "NoNewPrivs": "1", "Seccomp": "2",
 		"uid": "65534", "gid": "65534", "root": "touch: /x: Read-only file system", "bin": "no",
 		"net": "lo", "dns": "no", "metadata": "no", "socket": "no", "hostname": "job",
-		"memory": "67108864", "swap": "0", "pids": "33", "cpu": "50000 100000", "cgroup": "/",
+		"memory": "67108864", "swap": "0", "pids": "33", "cpu": "50000 100000", "yields": "1", "cgroup": "/",
 		"nofile": "1024", "core": "0", "fsize": "2097152", "oomadj": "500",
 		"userns": "no", "netns": "no", "mount": "no", "mknod": "no", "chown": "no", "sys": "no", "sysctl": "no",
 		"kcore": "0", "keys": "0", "init": "/sbin/docker-init", "canary": "0", "pwd": "/work",

@@ -302,6 +302,7 @@ func (p *plan) hardening(img *imageFacts, f facts, runtime string, o owner) *con
 			Memory:     s.MemoryMB << 20,
 			MemorySwap: s.MemoryMB << 20, // memory and swap together, hence no swap
 			NanoCPUs:   int64(math.Round(s.CPU * 1e9)),
+			CPUShares:  s.CPUShares(),
 			Ulimits: []*units.Ulimit{
 				{Name: "nofile", Soft: maxOpenFiles, Hard: maxOpenFiles},
 				{Name: "core", Soft: 0, Hard: 0},

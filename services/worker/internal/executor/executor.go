@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"time"
 )
 
@@ -62,6 +63,23 @@ type Spec struct {
 
 	StopSignal string        // "SIGTERM" where empty; see ParseSignal of the executor
 	Grace      time.Duration // between that signal and the kill; 0: kill at once after the signal
+}
+
+// WholeShares is the share of CPU time of a process outside of every control group,
+// in the kernel's units; see CPUShares.
+const WholeShares = 1024
+
+// CPUShares is the share of CPU time that an attempt has of a machine on which more
+// is wanted than there is: for each of its cores a fifth of what a process has that
+// is no job. So the owner's programs and the worker's own heartbeats go on beside
+// however many jobs. Where nobody else wants the time, attempts have all of it.
+func (s *Spec) CPUShares() int64 {
+	const least, most = 2, 1 << 18 // the kernel's
+	cores := s.CPU
+	if cores <= 0 {
+		cores = 1
+	}
+	return int64(math.Round(min(max(cores*WholeShares/5, least), most)))
 }
 
 // File is one input file of an attempt.

@@ -29,3 +29,12 @@ func TestAsPrepareErrorTakesUnknownErrorsAsInfra(t *testing.T) {
 		t.Fatal("nil became an error")
 	}
 }
+
+func TestCPUShares(t *testing.T) {
+	for cores, want := range map[float64]int64{0: 205, 1: 205, 0.5: 102, 4: 819, 0.001: 2, 1e9: 1 << 18} {
+		s := executor.Spec{CPU: cores}
+		if got := s.CPUShares(); got != want {
+			t.Errorf("%g cores: %d shares, want %d", cores, got, want)
+		}
+	}
+}

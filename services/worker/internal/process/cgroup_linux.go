@@ -278,21 +278,40 @@ func (g *group) limit(spec executor.Spec) error {
 			return fmt.Errorf("set process limit: %w", err)
 		}
 	}
-	if g.h.cpu && spec.CPU > 0 {
-		quota := strconv.FormatInt(max(int64(spec.CPU*float64(cpuPeriod.Microseconds())), 1000), 10)
-		period := strconv.FormatInt(cpuPeriod.Microseconds(), 10)
-		if g.h.v2 {
-			if err := writeFileAt(g.fd, "cpu.max", quota+" "+period); err != nil {
-				return fmt.Errorf("set CPU limit: %w", err)
-			}
-		} else {
-			// The period is the kernel's default.
-			if err := g.write("cpu.cfs_quota_us", quota); err != nil {
-				return fmt.Errorf("set CPU limit: %w", err)
-			}
-		}
+	if !g.h.cpu {
+		return nil
+	}
+	if err := g.weigh(spec.CPUShares()); err != nil {
+		return fmt.Errorf("set CPU weight: %w", err)
+	}
+	if err := g.limitCPU(spec.CPU); err != nil {
+		return fmt.Errorf("set CPU limit: %w", err)
 	}
 	return nil
+}
+
+// limitCPU sets how many cores the members may use; 0: all.
+func (g *group) limitCPU(cores float64) error {
+	quota := max(int64(cores*float64(cpuPeriod.Microseconds())), 1000)
+	switch {
+	case g.h.v2 && cores > 0:
+		return g.write("cpu.max", fmt.Sprintf("%d %d", quota, cpuPeriod.Microseconds()))
+	case g.h.v2:
+		return nil // it is new, without one
+	case cores > 0:
+		return g.write("cpu.cfs_quota_us", strconv.FormatInt(quota, 10)) // of the kernel's default period
+	default:
+		return g.write("cpu.cfs_quota_us", "-1")
+	}
+}
+
+// weigh has the members yield to what is no job.
+func (g *group) weigh(shares int64) error {
+	if !g.h.v2 {
+		return g.write("cpu.shares", strconv.FormatInt(shares, 10))
+	}
+	const whole, most = 100, 10_000 // of a v2 weight
+	return g.write("cpu.weight", strconv.FormatInt(min(max((shares*whole+executor.WholeShares/2)/executor.WholeShares, 1), most), 10))
 }
 
 // enter makes the calling thread a member (v1 only). Moving the calling thread

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -42,7 +41,6 @@ type host struct {
 	memory, pids, cpu *hierarchy
 	// adopts: orphans become children of the worker, which has to reap them.
 	adopts bool
-	cores  float64
 
 	mu   sync.Mutex
 	live map[int]uint64 // main processes of live attempts and when they started
@@ -56,7 +54,6 @@ func newHost(mark, data string, null int, allowed tracking, log *slog.Logger) (*
 		mark: mark, log: log, null: null, live: map[int]uint64{},
 		basesFile: filepath.Join(data, "control-groups"),
 		adopts:    os.Getpid() == 1,
-		cores:     float64(runtime.NumCPU()),
 	}
 	closeOnExec()
 	if allowed != noGroups {
@@ -213,18 +210,14 @@ func (h *host) describe() string {
 func (h *host) newTree(spec executor.Spec, mark string) (*tree, error) {
 	t := &tree{host: h, mark: mark, pidfd: -1}
 	var wanted [4]*hierarchy
-	if h.tracker != nil {
-		wanted[0] = h.tracker
-	}
+	wanted[0] = h.tracker
 	if spec.MemoryMB > 0 {
 		wanted[1] = h.memory
 	}
 	if spec.PIDs > 0 {
 		wanted[2] = h.pids
 	}
-	if spec.CPU > 0 && spec.CPU < h.cores {
-		wanted[3] = h.cpu
-	}
+	wanted[3] = h.cpu // also where it has no limit: it yields
 	name := groupName(h.mark, spec.JobID, spec.Attempt)
 	for i, c := range wanted {
 		if c == nil || slices.Contains(wanted[:i], c) {

@@ -879,6 +879,30 @@ func TestMemoryLimit(t *testing.T) {
 	})
 }
 
+// A machine that is full of jobs goes on with everything else.
+func TestAttemptsYield(t *testing.T) {
+	eachTracking(t, func(t *testing.T, e *Executor) {
+		c := e.host.cpu
+		if c == nil {
+			if e.host.tracker == nil {
+				return // nothing can hold here, and Limits says so
+			}
+			t.Skipf("skip: no share of CPU time here: %s", e.Describe())
+		}
+		line, file, want := "[:,]cpu[:,]", "cpu.shares", "410"
+		if c.v2 {
+			line, file, want = "^0::", "cpu.weight", "40"
+		}
+		spec := shell(`cat "` + c.base + `/$(grep '` + line + `' /proc/self/cgroup | sed 's/.*\/cmdexec\./cmdexec./')/` + file + `"`)
+		spec.CPU = 2
+		r := start(t, e, spec)
+		_ = r.wait(t)
+		if got := strings.TrimSpace(r.stdout.String()); got != want {
+			t.Errorf("%s is %s, want %s; %s", file, got, want, r.stderr)
+		}
+	})
+}
+
 func TestPidsLimit(t *testing.T) {
 	eachTracking(t, func(t *testing.T, e *Executor) {
 		if !e.Limits().PIDs {

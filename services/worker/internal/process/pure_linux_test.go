@@ -73,7 +73,7 @@ func TestCandidatesOfAHybridMachine(t *testing.T) {
 // machine that runs the tests has.
 func TestLimitsOfV2(t *testing.T) {
 	dir := t.TempDir()
-	for _, name := range []string{"memory.max", "memory.swap.max", "pids.max", "cpu.max"} {
+	for _, name := range []string{"memory.max", "memory.swap.max", "pids.max", "cpu.max", "cpu.weight"} {
 		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -88,7 +88,7 @@ func TestLimitsOfV2(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{
-		"memory.max": "536870912", "memory.swap.max": "0", "pids.max": "128", "cpu.max": "150000 100000",
+		"memory.max": "536870912", "memory.swap.max": "0", "pids.max": "128", "cpu.max": "150000 100000", "cpu.weight": "30",
 	} {
 		if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(got) != want {
 			t.Errorf("%s is %q, %v", name, got, err)
