@@ -47,6 +47,7 @@ func TestMatrix(t *testing.T) {
 		{"impossible close codes", elsewhere("TestRawFrames")},
 		{"text instead of binary, and the reverse", elsewhere("TestRawFrames")},
 		{"pings are answered", pings},
+		{"who is heard is not pinged, who is silent is", silence},
 		{"ping flood", pingFlood},
 		{"no pong", elsewhere("TestNoPong")},
 		{"half a frame and then nothing", halfFrame},
@@ -421,6 +422,30 @@ func pings(t *testing.T) {
 	}
 	r.send(closing(1000))
 	require.Equal(t, 1000, r.ended())
+}
+
+func silence(t *testing.T) {
+	const interval = time.Second
+	h := start(t, newMemBus(), func(o *tuning) { o.socket.PingInterval, o.socket.PongTimeout = interval, time.Minute })
+	beat, err := workerproto.Encode(workerproto.TypeHeartbeat, workerproto.Heartbeat{ID: 1, Status: workerproto.StatusIdle})
+	require.NoError(t, err)
+	tick := time.NewTicker(interval / 10)
+	defer tick.Stop()
+	r := openRaw(t, h, "worker-raw")
+	for began, heard := time.Now(), time.Now(); time.Since(began) < 2*interval; heard = time.Now() {
+		r.send(frame(fin|opText, beat))
+		op, payload, err := r.next()
+		require.NoError(t, err)
+		if op == opPing && time.Since(heard) > interval/2 {
+			continue // this machine stood still for so long that the worker was silent
+		}
+		require.Equal(t, opText, op, "a ping %v after a heartbeat", time.Since(heard))
+		require.Contains(t, string(payload), `"beat"`)
+		<-tick.C
+	}
+	op, _, err := r.next()
+	require.NoError(t, err)
+	require.Equal(t, opPing, op)
 }
 
 func pingFlood(t *testing.T) {
