@@ -204,11 +204,12 @@ func TestOneInstance(t *testing.T) {
 		cat := s.user("cat")
 		var want []string
 		for i := range 5 {
-			j := cat.submit(with(shell("true"), map[string]any{"labels": map[string]string{"batch": "b1", "n": fmt.Sprint(i)}}))
+			j := cat.submit(with(shell("sleep 0.02"), map[string]any{"labels": map[string]string{"batch": "b1", "n": fmt.Sprint(i)}}))
 			want = append(want, j.JobID)
 		}
+		ran := map[string]int64{}
 		for _, id := range want {
-			cat.ended(id)
+			ran[id] = cat.ended(id).DurationMs
 		}
 		eventually(t, "all are listed as succeeded, in pages, newest first", func() error {
 			var got []string
@@ -220,6 +221,9 @@ func TestOneInstance(t *testing.T) {
 				}
 				for _, j := range page.Items {
 					got = append(got, j.JobID)
+					if j.DurationMs < 20 || j.DurationMs != ran[j.JobID] {
+						return fmt.Errorf("%s is listed with %d ms and ran %d ms", j.JobID, j.DurationMs, ran[j.JobID])
+					}
 				}
 				if page.NextCursor == "" {
 					break

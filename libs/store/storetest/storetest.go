@@ -579,12 +579,21 @@ func testListLean(t *testing.T, s store.Store) {
 		sp.Labels = map[string]string{"a": "b"}
 	})
 	r = ended(t, r, job.OutcomeSucceeded)
-	upsert(t, s, r)
+	short := ended(t, newJob(t, 1), job.OutcomeSucceeded)
+	idle := newJob(t, 2)
+	for _, rec := range []*job.Record{&r, &short} {
+		rec.Last().DurationMs = 42
+	}
+	upsert(t, s, r, short, idle)
 	items, _ := list(t, s, busmsg.ListJobs{Limit: 10})
-	require.Len(t, items, 1)
-	want := r
-	want.Attempts, want.Spec.Files, want.Spec.Stdin = nil, nil, ""
-	requireSame(t, want, items[0])
+	require.Len(t, items, 3)
+	for i, want := range []job.Record{idle, short, r} {
+		if want.Last() != nil {
+			want.Attempts = []job.Attempt{{Number: 1, DurationMs: 42}}
+		}
+		want.Spec.Files, want.Spec.Stdin = nil, ""
+		requireSame(t, want, items[i])
+	}
 }
 
 func testListLimits(t *testing.T, s store.Store) {

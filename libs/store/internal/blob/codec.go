@@ -56,7 +56,7 @@ func (c *Codec) Split(r job.Record) (summary, restBlob []byte, err error) {
 		summary, err = c.encode(r)
 		return summary, nil, err
 	}
-	r.Attempts, r.Spec.Files, r.Spec.Stdin = nil, nil, ""
+	r.Attempts, r.Spec.Files, r.Spec.Stdin = ran(r.Attempts), nil, ""
 	if summary, err = c.encode(r); err != nil {
 		return nil, nil, err
 	}
@@ -90,8 +90,18 @@ func (c *Codec) encode(v any) ([]byte, error) {
 // Summary decodes a list item and says how long its JSON is, at most.
 func (c *Codec) Summary(blob []byte) (job.Record, int, error) {
 	r, n, err := c.decode(blob)
-	r.Attempts = nil
+	r.Attempts = ran(r.Attempts)
 	return r, n, err
+}
+
+// ran is what lists show of attempts: how long the command of the last one ran. It is
+// nil where none did.
+func ran(attempts []job.Attempt) []job.Attempt {
+	if len(attempts) == 0 || attempts[len(attempts)-1].DurationMs == 0 {
+		return nil
+	}
+	last := &attempts[len(attempts)-1]
+	return []job.Attempt{{Number: last.Number, DurationMs: last.DurationMs}}
 }
 
 func (c *Codec) decode(blob []byte) (job.Record, int, error) {

@@ -61,7 +61,7 @@ func showJob(w io.Writer, j *api.Job) {
 	add("rerun of", j.RerunOf)
 	add("signal", j.Signal)
 	if j.DurationMs > 0 {
-		add("ran", (time.Duration(j.DurationMs) * time.Millisecond).String())
+		add("ran", ran(j))
 	}
 	if j.Logs != nil {
 		add("output", fmt.Sprintf("%d bytes, %d not kept", j.Logs.Bytes, j.Logs.TruncatedBytes))
@@ -358,19 +358,27 @@ func (a *app) showList(w io.Writer, page *api.JobList) {
 		fmt.Fprintln(a.err, "No jobs. Try: cmdexec run -- echo hello")
 		return
 	}
-	lines := [][]string{{"JOB", "STATUS", "AGE", "CODE", "COMMAND"}}
+	lines := [][]string{{"JOB", "STATUS", "AGE", "RAN", "CODE", "COMMAND"}}
 	for i := range page.Items {
 		j := &page.Items[i]
 		code := "-"
 		if j.ExitCode != nil {
 			code = strconv.Itoa(*j.ExitCode)
 		}
-		lines = append(lines, []string{j.JobID, string(j.Status), ago(j.CreatedAt), code, cut(first(j.Name, commandText(&j.Spec)), 60)})
+		lines = append(lines, []string{j.JobID, string(j.Status), ago(j.CreatedAt), ran(j), code, cut(first(j.Name, commandText(&j.Spec)), 60)})
 	}
 	rows(w, lines...)
 	if page.NextCursor != "" {
 		fmt.Fprintln(a.err, "There are more: --limit shows up to 500.")
 	}
+}
+
+// ran is how long a job's command ran, "-" where none has ended.
+func ran(j *api.Job) string {
+	if j.DurationMs == 0 {
+		return "-"
+	}
+	return (time.Duration(j.DurationMs) * time.Millisecond).String()
 }
 
 func (a *app) explainCommand() *cobra.Command {
