@@ -216,8 +216,9 @@ type group struct {
 	fd    int // of its folder; -1 when it is closed
 	files []controlFile
 	gone  bool // removed, or given back to be used again
-	// pidsLimit is set where the starting thread must be allowed for.
-	pidsLimit int64
+	// pidsLimit and shares are set where leave has to: the thread that starts the
+	// command is a member for a moment.
+	pidsLimit, shares int64
 	// again is what it limits, where it may be used again; oomKills is how many it
 	// had seen before this attempt.
 	again    *quotas
@@ -281,7 +282,11 @@ func (g *group) limit(spec executor.Spec) error {
 	if !g.h.cpu {
 		return nil
 	}
-	if err := g.weigh(spec.CPUShares()); err != nil {
+	shares := spec.CPUShares()
+	if !g.h.v2 {
+		g.shares, shares = shares, executor.WholeShares // the starting thread does not yield: the worker waits for it
+	}
+	if err := g.weigh(shares); err != nil {
 		return fmt.Errorf("set CPU weight: %w", err)
 	}
 	if err := g.limitCPU(spec.CPU); err != nil {
@@ -323,7 +328,8 @@ func (g *group) enter() error {
 	return nil
 }
 
-// leave moves the calling thread back to the worker's own group.
+// leave moves the calling thread back to the worker's own group, and sets what could
+// not be set while it was a member.
 func (g *group) leave() error {
 	if _, err := unix.Write(int(g.h.home.Fd()), []byte("0")); err != nil {
 		return fmt.Errorf("leave control group: %w", err)
@@ -331,6 +337,11 @@ func (g *group) leave() error {
 	if g.pidsLimit > 0 {
 		if err := g.write("pids.max", strconv.FormatInt(g.pidsLimit, 10)); err != nil {
 			return fmt.Errorf("set process limit: %w", err)
+		}
+	}
+	if g.shares > 0 {
+		if err := g.weigh(g.shares); err != nil {
+			return fmt.Errorf("set CPU weight: %w", err)
 		}
 	}
 	return nil

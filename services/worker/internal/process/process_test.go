@@ -893,7 +893,9 @@ func TestAttemptsYield(t *testing.T) {
 		if c.v2 {
 			line, file, want = "^0::", "cpu.weight", "40"
 		}
-		spec := shell(`cat "` + c.base + `/$(grep '` + line + `' /proc/self/cgroup | sed 's/.*\/cmdexec\./cmdexec./')/` + file + `"`)
+		// Version 1 has it a moment after the start.
+		spec := shell(`f="` + c.base + `/$(grep '` + line + `' /proc/self/cgroup | sed 's/.*\/cmdexec\./cmdexec./')/` + file + `"; ` +
+			`while [ "$(cat "$f")" = 1024 ]; do sleep 0.01; done; cat "$f"`)
 		spec.CPU = 2
 		r := start(t, e, spec)
 		_ = r.wait(t)
