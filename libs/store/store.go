@@ -56,8 +56,8 @@ type Store interface {
 	Job(ctx context.Context, id string) (job.Record, error)
 
 	// ListJobs returns a page, newest first by (createdAt, id), of records without
-	// files and stdin, and of attempts only how long the last one's command ran. The page ends early when it would
-	// exceed MaxPageBytes; more says whether anything follows. A limit that is
+	// files and stdin, and of attempts only how long the last one's command ran.
+	// The page ends early when it would exceed MaxPageBytes; more says whether anything follows. A limit that is
 	// not positive is DefaultListLimit; one above MaxListLimit is that.
 	ListJobs(ctx context.Context, q busmsg.ListJobs) (items []job.Record, more bool, err error)
 

@@ -114,7 +114,7 @@ func TestCLI(t *testing.T) {
 		t.Errorf("status -o yaml: %q", got)
 	}
 	eventually(t, "the job is listed", func() error {
-		if got := finish(t, s.cli("list")).out; !strings.Contains(got, id) || !strings.Contains(got, "greeting") {
+		if got := finish(t, s.cli("list")).out; !strings.Contains(got, id) || !strings.Contains(got, "greeting") || !strings.Contains(got, " RAN ") {
 			return errors.New(got)
 		}
 		return nil

@@ -93,18 +93,15 @@ func (c *client) assignments(ctx context.Context, way string, reported *samples)
 		if err != nil {
 			return nil, err
 		}
-		if _, err := c.wait(ctx, id, time.Millisecond); err != nil {
+		j, err := c.wait(ctx, id, time.Millisecond)
+		if err != nil {
 			return nil, err
 		}
 		seen := time.Now()
-		var j api.Job
-		if err := c.do(ctx, http.MethodGet, "/api/jobs/"+id, "", &j); err != nil {
+		last, err := c.lastAttempt(ctx, id)
+		if err != nil {
 			return nil, err
 		}
-		if len(j.Attempts) == 0 || j.Attempts[len(j.Attempts)-1].AcceptedAt == nil || j.Attempts[len(j.Attempts)-1].FinishedAt == nil {
-			return nil, fmt.Errorf("job %s has no attempt that was accepted and has ended", id)
-		}
-		last := j.Attempts[len(j.Attempts)-1]
 		accepted = append(accepted, last.AcceptedAt.Sub(j.CreatedAt))
 		*reported = append(*reported, seen.Sub(*last.FinishedAt))
 	}

@@ -27,17 +27,28 @@ func (c *client) stage(ctx context.Context, s *staged) error {
 		return err
 	}
 	ended := time.Now()
-	var j api.Job
-	if err := c.do(ctx, http.MethodGet, "/api/jobs/"+id, "", &j); err != nil {
+	a, err := c.lastAttempt(ctx, id)
+	if err != nil {
 		return err
 	}
-	a := j.Attempts[len(j.Attempts)-1]
 	s.all = append(s.all, ended.Sub(began))
 	s.assigned = append(s.assigned, a.AssignedAt.Sub(began))
 	s.accepted = append(s.accepted, a.AcceptedAt.Sub(a.AssignedAt))
 	s.ended = append(s.ended, a.FinishedAt.Sub(*a.AcceptedAt))
 	s.shown = append(s.shown, ended.Sub(*a.FinishedAt))
 	return nil
+}
+
+// lastAttempt reads the attempt in which a job has ended.
+func (c *client) lastAttempt(ctx context.Context, jobID string) (api.Attempt, error) {
+	var j api.Job
+	if err := c.do(ctx, http.MethodGet, "/api/jobs/"+jobID, "", &j); err != nil {
+		return api.Attempt{}, err
+	}
+	if n := len(j.Attempts); n > 0 && j.Attempts[n-1].AcceptedAt != nil && j.Attempts[n-1].FinishedAt != nil {
+		return j.Attempts[n-1], nil
+	}
+	return api.Attempt{}, fmt.Errorf("job %s has no attempt that was accepted and has ended", jobID)
 }
 
 // Of the row busy: jobs that want all CPU time they can get.

@@ -103,10 +103,10 @@ func FromRecord(r *job.Record) Job {
 	return j
 }
 
-// Summary is the view of a record in a list: without attempts, logs, files and stdin.
+// Summary is the view of a record in a list: without attempts, files and stdin.
 func Summary(r *job.Record) Job {
 	j := FromRecord(r)
-	j.Attempts, j.Logs, j.Files, j.Stdin = nil, nil, nil, ""
+	j.Attempts, j.Files, j.Stdin = nil, nil, ""
 	return j
 }
 

@@ -898,7 +898,7 @@ func TestAttemptsYield(t *testing.T) {
 			`while [ "$(cat "$f")" = 1024 ]; do sleep 0.01; done; cat "$f"`)
 		spec.CPU = 2
 		r := start(t, e, spec)
-		_ = r.wait(t)
+		wantCode(t, r.wait(t), 0)
 		if got := strings.TrimSpace(r.stdout.String()); got != want {
 			t.Errorf("%s is %s, want %s; %s", file, got, want, r.stderr)
 		}
